@@ -1,0 +1,1 @@
+"""Show, Attend and Tell: image captioning that says where it looked."""

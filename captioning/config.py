@@ -1,0 +1,337 @@
+"""Every setting once: frozen dataclasses that the command lines, the YAML recipes and the checkpoints all read.
+
+A value is checked where it is read (`Settings.__post_init__` and friends), so that a wrong recipe fails in the first
+second with the name of the field, and not after an epoch.
+"""
+
+import dataclasses
+import importlib.resources
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+Fit = Literal["crop", "squash"]
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ValueError(f"{name} must be positive (got {getattr(owner, name)})")
+
+
+def _fraction(owner: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(owner, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1) (got {getattr(owner, name)})")
+
+
+def _not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A torchvision CNN cut at a named node, and the picture that it sees.
+
+    Args:
+        name: any torchvision classification model, e.g. vgg19, resnet50, mobilenet_v2.
+        layer: the node to cut at, e.g. features.18; by default the last one with the asked grid.
+        grid: side of the feature map (7 or 14 at 224 pixels); by default the paper's for vgg, 7 for the others.
+        weights: DEFAULT or another name of torchvision's weights enum, a .pth or .safetensors file with the network's
+            state dict, or null for random weights.
+        image_size: side of the square input in pixels.
+        fit: how a photo becomes square: crop (shorter side, then the centre) or squash (both sides, aspect is lost).
+        train_from: null freezes the network; all, or the name of the first stage that is trained, e.g. features.14.
+        batch_norm: frozen keeps the running statistics while training, train updates them (networks from scratch).
+    """
+
+    name: str = "mobilenet_v2"
+    layer: str | None = None
+    grid: int | None = None
+    weights: str | None = "DEFAULT"
+    image_size: int = 224
+    fit: Fit = "crop"
+    train_from: str | None = None
+    batch_norm: Literal["frozen", "train"] = "frozen"
+
+    def __post_init__(self) -> None:
+        _positive(self, "image_size")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The language model that attends, Xu et al. (2015), section 3.1.2.
+
+    Args:
+        name: which decoder.
+        attention: soft (deterministic, eq. 13).
+        alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general (Luong) or scaled_dot.
+        gate: beta: scalar (the paper), vector (many ports) or none.
+        embedding_dim: m, size of a word's embedding E y.
+        hidden_dim: n, size of the LSTM state.
+        attention_dim: size of the space in which additive and scaled_dot compare query and key.
+        dropout: rate in the deep output (eq. 7), on h and on the tanh.
+        embedding_dropout: rate on the embedded words.
+        annotation_dropout: rate on the annotation vectors.
+        tie_embeddings: L_o shares its matrix with E.
+    """
+
+    name: Literal["attention_lstm"] = "attention_lstm"
+    attention: Literal["soft"] = "soft"
+    alignment: Literal["additive", "dot", "general", "scaled_dot"] = "additive"
+    gate: Literal["scalar", "vector", "none"] = "scalar"
+    embedding_dim: int = 512
+    hidden_dim: int = 512
+    attention_dim: int = 512
+    dropout: float = 0.5
+    embedding_dropout: float = 0.0
+    annotation_dropout: float = 0.0
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "embedding_dim", "hidden_dim", "attention_dim")
+        _fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised, eq. 14. All terms are means: no weight changes its meaning with batch or caption size.
+
+    Args:
+        lambda_ds: weight of the doubly stochastic penalty.
+        label_smoothing: share of the target's probability that is spread over the vocabulary.
+    """
+
+    lambda_ds: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "lambda_ds")
+        _fraction(self, "label_smoothing")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How it is minimised.
+
+    Args:
+        name: adam, adamw or rmsprop (the paper: rmsprop for Flickr8k, adam for the others).
+        learning_rate: of the decoder, at its highest.
+        encoder_learning_rate: of the encoder's trained stages, at its highest.
+        weight_decay: decoupled for adamw, L2 for the others.
+        warmup_steps: steps of linear growth from zero.
+        schedule: constant, or cosine or linear decay to zero over all epochs, after the warm-up.
+        clip_norm: largest norm of the whole gradient; 0 clips nothing.
+        average_decay: decay of an exponential moving average of the weights that is validated and saved; 0 keeps none.
+    """
+
+    name: Literal["adam", "adamw", "rmsprop"] = "adamw"
+    learning_rate: float = 1e-3
+    encoder_learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    clip_norm: float = 5.0
+    average_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "encoder_learning_rate")
+        _not_negative(self, "weight_decay", "warmup_steps", "clip_norm")
+        _fraction(self, "average_decay")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a caption is searched.
+
+    Args:
+        beam_size: hypotheses per image; 1 is greedy.
+        max_length: longest caption in words, the end word not counted.
+        length_penalty: hypotheses are ranked by log p / length ** length_penalty; 0 ranks by log p, 1 by its mean.
+        no_repeat_ngram: no n-gram of this size comes twice in a caption; 0 blocks nothing.
+        num_captions: how many captions per image, best first; at most beam_size, unless sampling.
+        sample: draw words at random instead of searching.
+        temperature: of the sampling; towards 0 it becomes greedy.
+        top_k: sample from the k likeliest words only; 0 means all.
+        top_p: sample from the smallest set of words with this probability; 1 means all.
+    """
+
+    beam_size: int = 5
+    max_length: int = 30
+    length_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    num_captions: int = 1
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "beam_size", "max_length", "num_captions", "temperature")
+        _not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1] (got {self.top_p})")
+        if not self.sample and self.num_captions > self.beam_size:
+            raise ValueError(f"num_captions={self.num_captions} needs beam_size of at least as many ({self.beam_size})")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """When and on what the model is selected.
+
+    Args:
+        split: whose captions are compared.
+        every: epochs between validations.
+        images: how many images of the split, from its start; 0 means all.
+        batch_size: images per search.
+        patience: validations without a better CIDEr before training stops; 0 never stops early.
+        search: the search that is validated.
+    """
+
+    split: Literal["val", "test", "train"] = "val"
+    every: int = 1
+    images: int = 0
+    batch_size: int = 32
+    patience: int = 0
+    search: SearchConfig = field(default_factory=lambda: SearchConfig(beam_size=3))
+
+    def __post_init__(self) -> None:
+        _positive(self, "every", "batch_size")
+        _not_negative(self, "images", "patience")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run.
+
+    Args:
+        data: HDF5 file made by `python -m preprocess`.
+        output: folder of the run: best/ and last/ checkpoints, TensorBoard curves, settings.
+        resume: go on where the run in `output` stopped, bit for bit.
+        init_from: checkpoint folder to start from: the whole model, or what fits of it.
+        encoder: the CNN; must agree with the data file when that stores annotation vectors.
+        decoder: the language model.
+        loss: the objective.
+        optimizer: the optimiser and its schedule.
+        validation: how the best checkpoint is chosen.
+        epochs: passes over all captions of the train split.
+        batch_size: images per step, over all processes.
+        captions_per_image: captions of one image in one step; they share its encoder work and its keys.
+        augment: none, flip, crop or crop_flip; needs a data file with pixels.
+        precision: fp32, or bf16 matrix products.
+        seed: of initial weights, order, dropout and augmentation.
+        workers: processes that read data; 0 reads in the main one.
+        save_every: steps between saved training states inside an epoch; 0 saves at the end of each epoch only.
+        threads: CPU threads of torch; 0 leaves its default.
+    """
+
+    data: str
+    output: str
+    resume: bool = False
+    init_from: str | None = None
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    epochs: int = 10
+    batch_size: int = 32
+    captions_per_image: int = 5
+    augment: Literal["none", "flip", "crop", "crop_flip"] = "none"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    workers: int = 1
+    save_every: int = 0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "captions_per_image")
+        _not_negative(self, "workers", "save_every", "threads", "seed")
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: Any, where: str) -> T:
+    """Read a config back, strictly: unknown fields and wrong types are refused.
+
+    Args:
+        kind: one of this module's dataclasses.
+        values: what JSON gave.
+        where: file and field, for the error.
+
+    Raises:
+        ValueError: in one line, naming `where` and the field.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", type=kind)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"config": values})).config
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message on a single line, for the command line."""
+    return " ".join(str(error).split())
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(importlib.resources.files("captioning"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(name_or_path: str) -> str:
+    """A recipe's file, from its name or from a path.
+
+    Raises:
+        FileNotFoundError: naming the recipes there are.
+    """
+    if name_or_path in recipes():
+        return str(recipes()[name_or_path])
+    if Path(name_or_path).is_file():
+        return name_or_path
+    raise FileNotFoundError(f"--config {name_or_path}: no such file or recipe; recipes are {', '.join(recipes())}")
+
+
+def settings_parser() -> ArgumentParser:
+    """The parser of `train.py`: a recipe (--config) whose every setting can be overridden (--loss.lambda_ds 0.5)."""
+    parser = ArgumentParser(prog="train.py", description="Train a captioner.", exit_on_error=False)
+    names = ", ".join(recipes())
+    parser.add_argument("--config", action="config", help=f"recipe: a name ({names}) or a YAML file")
+    parser.add_class_arguments(Settings, as_group=False)
+    return parser
+
+
+def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line.
+
+    Raises:
+        ValueError, FileNotFoundError: one line that names the setting.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words[:-1]:  # the recipe is read first, whatever its place, so that every other word overrides it
+        i = words.index("--config")
+        words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]
+    parser = settings_parser()
+    try:
+        values = parser.instantiate_classes(parser.parse_args(words)).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(one_line(error)) from error
+    values.pop("config", None)
+    return Settings(**values)

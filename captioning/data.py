@@ -1,0 +1,242 @@
+"""The HDF5 file between preprocessing and training: its schema, its reader, and the batches made from it.
+
+docs/data_formats.md shows the layout. `preprocess.build` writes it with the names below and nothing else does.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from jaxtyping import Integer, Shaped
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from captioning.config import EncoderConfig, from_dict
+from captioning.vocabulary import END, PAD, START, Vocabulary
+
+SCHEMA = "show-attend-tell/1"
+SPLITS = ("train", "val", "test")
+
+PIXELS = "image/pixels"
+"""(N, S, S, 3) uint8, RGB; one chunk per image. Either this or ANNOTATIONS is there."""
+ANNOTATIONS = "image/annotations"
+"""(N, L, D) float16, L locations row by row; one chunk per image. Attribute `grid`: (h, w)."""
+NAMES = "image/name"
+"""(N,) text, unique: what a results file calls the image."""
+IMAGE_SPLIT = "image/split"
+"""(N,) uint8, index into SPLITS."""
+FIRST_CAPTION = "image/first_caption"
+"""(N + 1,) int64: image i has the captions first[i] to first[i + 1]."""
+RAW = "caption/raw"
+"""(C,) text as the source gave it, for scoring."""
+FIRST_WORD = "caption/first_word"
+"""(C + 1,) int64: caption j has the words first[j] to first[j + 1]."""
+WORDS = "caption/words"
+"""(W,) int32 ids, without START and END."""
+VOCABULARY = "vocabulary"
+"""(V,) text, the special words first."""
+ENCODER = "encoder"
+"""Group with the state dict of the network that made the annotations; attribute `config`: JSON of EncoderConfig."""
+
+
+class CaptionData:
+    """One preprocessed file. Small tables are read at once, images when asked for; the open file is never pickled.
+
+    Args:
+        path: the HDF5 file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of this schema; names the file and what is missing.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such data file; `python -m preprocess` makes one")
+        self._file: h5py.File | None = None
+        try:
+            with h5py.File(self.path, "r") as file:
+                self._read_tables(file)
+        except OSError as error:
+            raise ValueError(f"{path}: not an HDF5 file: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path}: not a data file of schema {SCHEMA}: {error.args[0]}") from error
+
+    def _read_tables(self, file: h5py.File) -> None:
+        schema = file.attrs.get("schema")
+        if schema != SCHEMA:
+            raise ValueError(f"{self.path}: schema is {schema!r}, this version reads {SCHEMA!r}; preprocess it again")
+        self.source: dict[str, Any] = json.loads(file.attrs["source"])
+        self.settings: dict[str, Any] = json.loads(file.attrs["settings"])
+        self.vocabulary = Vocabulary([word.decode() for word in file[VOCABULARY][()]])
+        self.names: list[str] = [name.decode() for name in file[NAMES][()]]
+        self.split_of: np.ndarray = file[IMAGE_SPLIT][()]
+        self._first_caption: np.ndarray = file[FIRST_CAPTION][()]
+        self._first_word: np.ndarray = file[FIRST_WORD][()]
+        self._words: np.ndarray = file[WORDS][()]
+        self._raw: list[bytes] = list(file[RAW][()])
+        self.kind = PIXELS if PIXELS in file else ANNOTATIONS
+        self.image_shape: tuple[int, ...] = tuple(file[self.kind].shape[1:])
+        self.grid: tuple[int, int] | None = None
+        self.encoder: EncoderConfig | None = None
+        if self.kind == ANNOTATIONS:
+            self.grid = (int(file[ANNOTATIONS].attrs["grid"][0]), int(file[ANNOTATIONS].attrs["grid"][1]))
+            config = json.loads(file[ENCODER].attrs["config"])
+            self.encoder = from_dict(EncoderConfig, config, f"{self.path}: encoder")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}  # an open HDF5 file cannot travel to a worker
+
+    def indices(self, split: str) -> np.ndarray:
+        """Images of a split, in file order.
+
+        Raises:
+            ValueError: the split is unknown or empty; names those that are there.
+        """
+        found = np.flatnonzero(self.split_of == SPLITS.index(split)) if split in SPLITS else np.array([], dtype=int)
+        if not len(found):
+            there = [name for i, name in enumerate(SPLITS) if (self.split_of == i).any()]
+            raise ValueError(f"{self.path}: no images of split {split!r}; there are {', '.join(there)}")
+        return found
+
+    def captions_of(self, image: int) -> range:
+        """The numbers of an image's captions."""
+        return range(int(self._first_caption[image]), int(self._first_caption[image + 1]))
+
+    def words(self, caption: int) -> np.ndarray:
+        """Ids of a caption's words, without START and END."""
+        return self._words[self._first_word[caption] : self._first_word[caption + 1]]
+
+    def references(self, image: int) -> list[str]:
+        """An image's captions as the source gave them."""
+        return [self._raw[caption].decode() for caption in self.captions_of(image)]
+
+    def image(self, image: int) -> Shaped[Tensor, "..."]:
+        """Pixels (3, S, S) uint8, or annotation vectors (L, D) float16."""
+        if self._file is None:
+            self._file = h5py.File(self.path, "r")
+        values = torch.from_numpy(self._file[self.kind][image])
+        return values.permute(2, 0, 1) if self.kind == PIXELS else values
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """State dict of the network that made the annotation vectors."""
+        state: dict[str, Tensor] = {}
+
+        def read(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                state[name.replace("/", ".")] = torch.from_numpy(np.asarray(item[()]))
+
+        with h5py.File(self.path, "r") as file:
+            file[ENCODER].visititems(read)
+        return state
+
+
+class Sample(NamedTuple):
+    """One image with some of its captions, and the seed of its augmentation."""
+
+    image: int
+    captions: tuple[int, ...]
+    seed: int
+
+
+class Batch(NamedTuple):
+    """What a training step sees: N images with K captions each (absent ones are all PAD)."""
+
+    images: Shaped[Tensor, "N ..."]
+    words: Integer[Tensor, "N K T"]
+
+
+def plan_epoch(
+    data: CaptionData, split: str, *, captions_per_image: int, batch_size: int, seed: int, epoch: int
+) -> list[list[Sample]]:
+    """The batches of one epoch: every caption once, in an order that depends on (seed, epoch) alone.
+
+    An image's captions are shuffled and dealt in groups of `captions_per_image`; the groups are shuffled and dealt in
+    batches. So a run that stops in the middle continues at the same batch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    samples = []
+    for image in data.indices(split):
+        captions = rng.permutation(np.asarray(data.captions_of(int(image))))
+        for start in range(0, len(captions), captions_per_image):
+            group = tuple(int(c) for c in captions[start : start + captions_per_image])
+            samples.append(Sample(int(image), group, int(rng.integers(2**62))))
+    order = rng.permutation(len(samples))
+    ordered = [samples[i] for i in order]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def shard(batches: Sequence[list[Sample]], rank: int, world: int) -> list[list[Sample]]:
+    """One process's part of every batch; short parts are filled with samples without captions, which weigh nothing."""
+    parts = []
+    for batch in batches:
+        size = -(-len(batch) // world)
+        part = batch[rank::world]
+        parts.append(part + [Sample(batch[0].image, (), 0)] * (size - len(part)))
+    return parts
+
+
+class CaptionDataset(Dataset[tuple[Tensor, list[np.ndarray]]]):
+    """Image and word ids of a Sample; augmentation depends on the sample's own seed, so on no worker's history."""
+
+    def __init__(self, data: CaptionData, *, image_size: int = 0, augment: str = "none"):
+        self.data = data
+        self.transform = build_augmentation(augment, image_size) if data.kind == PIXELS else None
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, list[np.ndarray]]:
+        image = self.data.image(sample.image)
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(sample.seed)
+                image = self.transform(image)
+        return image, [self.data.words(caption) for caption in sample.captions]
+
+
+def build_augmentation(augment: str, image_size: int) -> v2.Transform:
+    """The training transform of uint8 (3, S, S) to (3, image_size, image_size): none, flip, crop or crop_flip."""
+    steps: list[v2.Transform] = []
+    if "crop" in augment:
+        steps.append(v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), antialias=True))
+    else:
+        steps.append(v2.Resize((image_size, image_size), antialias=True))
+    if "flip" in augment:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps)
+
+
+class Collate:
+    """Stack samples to a Batch, captions framed by START and END and padded to the longest."""
+
+    def __init__(self, captions_per_image: int):
+        self.captions_per_image = captions_per_image
+
+    def __call__(self, items: Sequence[tuple[Tensor, list[np.ndarray]]]) -> Batch:
+        longest = max((len(words) for _, captions in items for words in captions), default=0)
+        words = torch.full((len(items), self.captions_per_image, longest + 2), PAD, dtype=torch.long)
+        for n, (_, captions) in enumerate(items):
+            for k, ids in enumerate(captions):
+                words[n, k, : len(ids) + 2] = torch.tensor([START, *ids.tolist(), END])
+        return Batch(torch.stack([image for image, _ in items]), words)
+
+
+def load_batches(
+    dataset: CaptionDataset, batches: Sequence[list[Sample]], *, captions_per_image: int, workers: int = 0
+) -> Iterator[Batch]:
+    """Read planned batches in order, ahead of time when there are workers."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=Collate(captions_per_image),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)

@@ -1,0 +1,90 @@
+"""Open any user's image file safely, make it square for the network, and know the way back for overlays."""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from captioning.config import Fit
+
+MAX_PIXELS = 100_000_000
+"""Larger images are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+class Box(NamedTuple):
+    """The part of a photo that the network sees: edges in the photo's pixels, as floats."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image file as upright RGB: EXIF orientation applied, transparency on white, 16 bit scaled, first frame.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not an image, broken, truncated, or larger than `max_pixels`; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as image:
+                if image.width * image.height > max_pixels:
+                    raise ValueError(
+                        f"{image.width}x{image.height} pixels are too many; at most {max_pixels:,} are opened"
+                    )
+                return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: too many pixels; at most {max_pixels:,} are opened") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as upright RGB, 8 bit."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 255.0
+        image = Image.fromarray(np.clip(grey * (255.0 / top), 0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def visible_box(width: int, height: int, fit: Fit) -> Box:
+    """What of a (width, height) photo the network's square input shows: all, or the largest square in the centre."""
+    if fit == "squash":
+        return Box(0.0, 0.0, float(width), float(height))
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return Box(left, top, left + side, top + side)
+
+
+def to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """The network's input: the visible box of an RGB image, resampled to (size, size).
+
+    One resampling step maps the box (with its sub-pixel edges) onto the square, so that `visible_box` is its exact
+    inverse and overlays fall where the network looked.
+    """
+    if image.size == (size, size):
+        return image
+    box = visible_box(*image.size, fit)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Pixels as uint8, RGB, HWC, 0-255."""
+    return np.asarray(image, dtype=np.uint8)

@@ -1,0 +1,1 @@
+"""Encoder, alignment, attention and decoders, one idea per file."""

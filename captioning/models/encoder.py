@@ -1,0 +1,255 @@
+"""A torchvision CNN cut at a named node: photo -> annotation vectors a (N, L, D), Xu et al. (2015), section 3.1.1."""
+
+import dataclasses
+import functools
+import pickle
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
+
+import safetensors.torch
+import torch
+import torchvision
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from captioning.config import EncoderConfig, one_line
+
+_RESNETS = list_models(module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
+
+ENCODERS: dict[str, dict[int, str]] = {
+    "vgg11": {16: "features.19"},
+    "vgg13": {16: "features.23"},
+    "vgg16": {16: "features.29"},
+    "vgg19": {16: "features.35"},
+    "vgg11_bn": {16: "features.27"},
+    "vgg13_bn": {16: "features.33"},
+    "vgg16_bn": {16: "features.42"},
+    "vgg19_bn": {16: "features.51"},
+    "mobilenet_v2": {32: "features.18", 16: "features.14.conv.0"},
+    **{name: {32: "layer4", 16: "layer3"} for name in _RESNETS},
+}
+"""Where to cut, by the stride of the feature map; the first entry is the default. VGG: the last ReLU before the last
+pooling, which gives the paper's 14x14x512. A network or stride without an entry is cut at its last fitting node."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class SpatialNode(NamedTuple):
+    """A node of a network whose output is a feature map."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+
+
+class Encoder(nn.Module):
+    """A CNN up to one node. Pixels in, annotation vectors out; normalisation with the ImageNet statistics is inside.
+
+    Args:
+        network: the cut network, returning {"a": (N, D, h, w)}.
+        grid: (h, w) of that map at `image_size`.
+        dim: D.
+        image_size: side of the input in pixels.
+        train_from: None: frozen; "all"; or the first stage (a dotted name) that is trained.
+        batch_norm: "frozen" keeps running statistics as they are, "train" updates them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        grid: tuple[int, int],
+        dim: int,
+        image_size: int,
+        train_from: str | None = None,
+        batch_norm: str = "frozen",
+    ):
+        super().__init__()
+        self.network = network
+        self.grid = grid
+        self.dim = dim
+        self.image_size = image_size
+        self.batch_norm = batch_norm
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.frozen = train_from is None
+        self._freeze(train_from)
+
+    def _freeze(self, train_from: str | None) -> None:
+        names = [name for name, _ in self.network.named_parameters()]
+        first = len(names)
+        if train_from == "all":
+            first = 0
+        elif train_from is not None:
+            matches = [i for i, name in enumerate(names) if name.startswith(f"{train_from}.")]
+            if not matches:
+                stages = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+                raise ValueError(
+                    f"encoder.train_from={train_from!r} is no stage of the network; allowed: all, {stages}"
+                )
+            first = matches[0]
+        for i, parameter in enumerate(self.network.parameters()):
+            parameter.requires_grad_(i >= first)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Training mode; a frozen network and frozen batch norms stay in evaluation mode."""
+        super().train(mode and not self.frozen)
+        if self.batch_norm == "frozen":
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, images: UInt8[Tensor, "N 3 S S"]) -> Float[Tensor, "N L D"]:
+        """Annotation vectors, row by row over the grid."""
+        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.network(x.contiguous(memory_format=torch.channels_last))["a"]
+        return features.flatten(2).transpose(1, 2)
+
+
+def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = None) -> tuple[Encoder, EncoderConfig]:
+    """The encoder of a config, and the config with its layer and grid filled in.
+
+    Args:
+        config: name, layer or grid, weights, image size and what is trained.
+        state: weights of the cut network (from a checkpoint or a data file) to take instead of `config.weights`.
+
+    Raises:
+        ValueError: unknown network, layer, grid, stage or weights; says what is allowed.
+        FileNotFoundError: the weights file is not there.
+        ConnectionError: torchvision could not download its weights; says what to do.
+    """
+    node = find_layer(config)
+    network = _network(config.name)
+    if state is None and config.weights is not None:
+        _load(network, read_weights(config.name, config.weights), config.weights)
+    cut = create_feature_extractor(network, {node.name: "a"}, suppress_diff_warning=True)
+    if state is not None:
+        _load(cut, state, "the stored encoder")
+    encoder = Encoder(
+        cut,
+        grid=(node.height, node.width),
+        dim=node.channels,
+        image_size=config.image_size,
+        train_from=config.train_from,
+        batch_norm=config.batch_norm,
+    )
+    return encoder.train(), dataclasses.replace(config, layer=node.name, grid=node.height)
+
+
+def _network(name: str) -> nn.Module:
+    if name not in list_models(module=torchvision.models):
+        raise ValueError(f"encoder.name={name!r} is no torchvision classification model; e.g. vgg19, resnet50")
+    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return get_model(name, weights=None, **options)
+
+
+@functools.cache
+def spatial_nodes(name: str, image_size: int) -> tuple[SpatialNode, ...]:
+    """The nodes of a network whose output is a feature map larger than 1x1, in order of execution.
+
+    Shapes are propagated on the meta device: nothing is computed and no memory taken.
+    """
+    try:
+        with torch.device("meta"):
+            network = _network(name).eval()
+    except NotImplementedError:  # some constructors (RegNet's) compute with tensors
+        network = _network(name).eval().to("meta")
+    images = torch.empty(1, 3, image_size, image_size, device="meta")
+    names = get_graph_node_names(network, suppress_diff_warning=True)[1]
+    extractor = create_feature_extractor(network, [n for n in names if n != "x"], suppress_diff_warning=True)
+    with torch.no_grad():
+        outputs = extractor(images)
+    return tuple(
+        SpatialNode(node, *output.shape[1:])
+        for node, output in outputs.items()
+        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] > 1 and output.shape[3] > 1
+    )
+
+
+def find_layer(config: EncoderConfig) -> SpatialNode:
+    """The node at which the config cuts its network.
+
+    Raises:
+        ValueError: there is no such layer or grid; names those there are.
+    """
+    nodes = spatial_nodes(config.name, config.image_size)
+    table = ENCODERS.get(config.name, {})
+    layer = config.layer
+    if layer is None and table:
+        layer = table.get(config.image_size // config.grid if config.grid else next(iter(table)))
+    fitting = nodes
+    if config.grid is not None:
+        fitting = tuple(node for node in nodes if node.height == config.grid)
+        if not fitting:
+            grids = sorted({node.height for node in nodes})
+            raise ValueError(f"encoder.grid={config.grid} is no grid of {config.name}; allowed: {grids}")
+    if layer is not None:
+        fitting = tuple(node for node in fitting if node.name == layer or node.name.startswith(f"{layer}."))
+        if not fitting:
+            raise ValueError(f"encoder.layer={layer!r} is no feature map of {config.name}; allowed: {_listing(nodes)}")
+    return fitting[-1]
+
+
+def _listing(nodes: tuple[SpatialNode, ...]) -> str:
+    """The last node of every stage, which is what people cut at."""
+    stages: dict[str, SpatialNode] = {}
+    for node in nodes:
+        stages[".".join(node.name.split(".")[:2])] = node
+    return ", ".join(f"{stage} ({node.height}x{node.width}x{node.channels})" for stage, node in stages.items())
+
+
+def read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """A classification network's state dict, from a file or from torchvision.
+
+    Args:
+        name: the torchvision network.
+        weights: a .pth or .safetensors file (tensors only: nothing else is ever unpickled), or a name of torchvision's
+            weights enum such as DEFAULT or IMAGENET1K_V1.
+    """
+    path = Path(weights)
+    if path.suffix in (".pth", ".pt", ".safetensors"):
+        if not path.is_file():
+            raise FileNotFoundError(f"encoder.weights={weights}: no such file")
+        try:
+            return safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _tensors(path)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+            raise ValueError(f"encoder.weights={weights}: not a state dict: {one_line(error)[:200]}") from error
+    enum = get_model_weights(name)
+    if weights not in enum.__members__:
+        allowed = ", ".join(enum.__members__)
+        raise ValueError(f"encoder.weights={weights!r}: allowed: {allowed}, null, a .pth or .safetensors file")
+    try:
+        return enum[weights].get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError) as error:
+        raise ConnectionError(
+            f"encoder.weights={weights}: torchvision could not download {enum[weights].url} ({error}); "
+            "fetch that file on a machine with a network and pass its path, or use --encoder.weights null"
+        ) from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise TypeError("it holds more than named tensors")
+    return state
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"encoder.weights={where}: does not fit the network: {one_line(error)[:300]}") from error
