@@ -214,16 +214,20 @@ def build_augmentation(augment: str, image_size: int) -> v2.Transform:
 
 
 class Collate:
-    """Stack samples to a Batch, captions framed by START and END and padded to the longest."""
+    """Stack samples to a Batch, captions framed by START and END and padded to the longest.
+
+    An image's captions come longest first, and so do the images: decoders can drop what has ended from the batch.
+    """
 
     def __init__(self, captions_per_image: int):
         self.captions_per_image = captions_per_image
 
     def __call__(self, items: Sequence[tuple[Tensor, list[np.ndarray]]]) -> Batch:
-        longest = max((len(words) for _, captions in items for words in captions), default=0)
-        words = torch.full((len(items), self.captions_per_image, longest + 2), PAD, dtype=torch.long)
+        lengths = [max((len(ids) for ids in captions), default=-1) for _, captions in items]
+        items = [items[i] for i in sorted(range(len(items)), key=lambda i: -lengths[i])]
+        words = torch.full((len(items), self.captions_per_image, max(lengths) + 2), PAD, dtype=torch.long)
         for n, (_, captions) in enumerate(items):
-            for k, ids in enumerate(captions):
+            for k, ids in enumerate(sorted(captions, key=len, reverse=True)):
                 words[n, k, : len(ids) + 2] = torch.tensor([START, *ids.tolist(), END])
         return Batch(torch.stack([image for image, _ in items]), words)
 

@@ -1,0 +1,163 @@
+"""The public API: a trained captioner, from image files to sentences and where each word looked."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from captioning.checkpoint import Checkpoint, load_checkpoint
+from captioning.config import SearchConfig
+from captioning.decoding import Hypothesis, search
+from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
+from captioning.tokenization import detokenize
+from captioning.vocabulary import END
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""Checkpoints that come with the package; `load_captioner` takes their names."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence, with what the model thought and where it looked at each of its T words (the end word is left out).
+
+    Args:
+        text: the sentence.
+        words: its T words.
+        log_probs: log p of each word, given those before it and the image.
+        alphas: (T, h, w) float32 attention over the grid, each (h, w) sums to 1; None for a model without attention.
+        betas: (T,) float32, the gate at each word; None for a model without.
+        box: the part of the photo, in its pixels, that the grid covers.
+        finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
+        score: what alternatives are ranked by.
+        alternatives: further captions of the same image, best first, if asked for.
+    """
+
+    text: str
+    words: tuple[str, ...]
+    log_probs: tuple[float, ...]
+    alphas: np.ndarray | None
+    betas: np.ndarray | None
+    box: Box
+    finished: bool
+    score: float
+    alternatives: tuple["Caption", ...] = field(default=(), repr=False)
+
+
+ImageLike = str | Path | Image.Image | np.ndarray
+
+
+class Captioner:
+    """A trained captioner. Make one with `load_captioner`.
+
+    Args:
+        checkpoint: the model with its vocabulary and configs.
+        device: where it runs, e.g. "cpu" or "cuda".
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu"):
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.model = checkpoint.model.to(self.device).eval()
+
+    def caption(
+        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: float | bool
+    ) -> list[Caption]:
+        """Caption images.
+
+        Args:
+            images: image files, Pillow images or arrays (uint8, RGB, HWC, 0-255); one or several.
+            batch_size: images at once.
+            seed: of the samples, when `sample=True`.
+            options: fields of `SearchConfig`: beam_size=5, num_captions=1, max_length=30, sample=True, ...
+
+        Returns:
+            One Caption per image, in order; further ones of an image in its `alternatives`.
+
+        Raises:
+            FileNotFoundError, ValueError: an image cannot be read, or an option is wrong.
+        """
+        several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        return list(self.stream(several, batch_size=batch_size, seed=seed, **options))
+
+    def stream(
+        self, images: Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: float | bool
+    ) -> Iterator[Caption]:
+        """As `caption`, but yielding each batch when it is done: for more images than memory holds."""
+        config = search_config(**options)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for start in range(0, len(images), batch_size):
+            yield from self._batch([_read(image) for image in images[start : start + batch_size]], config, generator)
+
+    def _batch(self, photos: list[Image.Image], config: SearchConfig, generator: torch.Generator) -> list[Caption]:
+        encoder = self.checkpoint.encoder
+        pixels = np.stack([to_array(to_square(photo, encoder.image_size, encoder.fit)) for photo in photos])
+        with torch.no_grad():
+            a = self.model.annotate(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
+        found = search(self.model.decoder, a, config, generator=generator)
+        captions = []
+        for photo, hypotheses in zip(photos, found, strict=True):
+            box = visible_box(*photo.size, encoder.fit)
+            best, *others = (self._read_back(hypothesis, box) for hypothesis in hypotheses)
+            captions.append(dataclasses.replace(best, alternatives=tuple(others)))
+        return captions
+
+    def _read_back(self, hypothesis: Hypothesis, box: Box) -> Caption:
+        length = len([i for i in hypothesis.ids if i != END])
+        words = self.checkpoint.vocabulary.decode(hypothesis.ids)
+        alphas = hypothesis.alphas
+        return Caption(
+            text=detokenize(words),
+            words=tuple(words),
+            log_probs=hypothesis.log_probs[:length],
+            alphas=None if alphas is None else alphas[:length].unflatten(1, self.model.encoder.grid).float().numpy(),
+            betas=None if hypothesis.betas is None else hypothesis.betas[:length].float().numpy(),
+            box=box,
+            finished=hypothesis.finished,
+            score=hypothesis.score,
+        )
+
+
+def load_captioner(path: str | Path, *, device: str | torch.device = "cpu") -> Captioner:
+    """Load a captioner.
+
+    Args:
+        path: a checkpoint folder, a run's folder (its best checkpoint is taken), or the name of one in PRETRAINED.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: there is none; names the pretrained ones.
+        ValueError: a file of it is malformed.
+    """
+    return Captioner(load_checkpoint(checkpoint_folder(path)), device=device)
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder that `path` means, see `load_captioner`."""
+    for folder in (Path(path), Path(path) / "best", PRETRAINED / str(path)):
+        if (folder / "config.json").is_file():
+            return folder
+    names = ", ".join(sorted(folder.name for folder in PRETRAINED.glob("*") if folder.is_dir()))
+    raise FileNotFoundError(f"{path}: no checkpoint folder, nor one of the pretrained: {names}")
+
+
+def search_config(**options: float | bool) -> SearchConfig:
+    """A SearchConfig, with a kind word for a misspelt option."""
+    allowed = [f.name for f in dataclasses.fields(SearchConfig)]
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"unknown option {name!r}; allowed: {', '.join(allowed)}")
+    return SearchConfig(**options)  # type: ignore[arg-type]
+
+
+def _read(image: ImageLike) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        return open_image(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"an image array must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+        image = Image.fromarray(image)
+    return to_rgb(image)

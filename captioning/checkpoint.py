@@ -1,0 +1,233 @@
+"""A checkpoint is a folder: model.safetensors, config.json, vocabulary.json. Nothing in it is ever unpickled.
+
+While a run goes on, its training state lies beside them (training.safetensors, training.json) under the same rules.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from captioning.config import DecoderConfig, EncoderConfig, from_dict, one_line, to_dict
+from captioning.models.captioner import CaptioningModel
+from captioning.models.decoder import build_decoder
+from captioning.models.encoder import build_encoder
+from captioning.vocabulary import Vocabulary
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with all it needs to caption.
+
+    Args:
+        model: the network.
+        encoder: its encoder's config, with the layer filled in.
+        decoder: its decoder's config.
+        vocabulary: its words.
+        about: provenance: settings, data, versions, epoch, scores. Free-form JSON, never needed to load.
+    """
+
+    model: CaptioningModel
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    vocabulary: Vocabulary
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a resumed run needs beside the weights.
+
+    Args:
+        tensors: the optimiser's state (`optimizer/3/exp_avg`) and the averaged weights (`average/decoder.E.weight`).
+        progress: where the run stands, as JSON values.
+    """
+
+    tensors: dict[str, Tensor]
+    progress: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> "TrainingState":
+        """Read it from a checkpoint folder.
+
+        Raises:
+            FileNotFoundError: the folder holds no training state.
+        """
+        if not (folder / "training.json").is_file():
+            raise FileNotFoundError(f"{folder / 'training.json'}: no such file; there is no run to resume")
+        return cls(read_tensors(folder / "training.safetensors"), read_json(folder / "training.json"))
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with `prefix/`, without it."""
+        return {name[len(prefix) + 1 :]: x for name, x in self.tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def build_model(
+    encoder: EncoderConfig,
+    decoder: DecoderConfig,
+    vocabulary_size: int,
+    *,
+    encoder_state: dict[str, Tensor] | None = None,
+) -> tuple[CaptioningModel, EncoderConfig]:
+    """A new model, and its encoder's config with layer and grid filled in.
+
+    Args:
+        encoder: which CNN; its weights come from `encoder_state` if that is given.
+        decoder: which language model.
+        vocabulary_size: V.
+        encoder_state: weights of the cut network, from a data file or a checkpoint.
+    """
+    cnn, encoder = build_encoder(encoder, state=encoder_state)
+    language = build_decoder(decoder, vocabulary_size=vocabulary_size, annotation_dim=cnn.dim)
+    return CaptioningModel(cnn, language), encoder
+
+
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, half: bool = False, training: "TrainingState | None" = None
+) -> None:
+    """Write a checkpoint folder; an older one of that name is replaced in one step.
+
+    Args:
+        folder: where to.
+        checkpoint: what.
+        half: store the weights as float16 (half the size; loading gives float32 again).
+        training: what a resumed run needs beside the weights.
+    """
+    new = fresh_folder(folder)
+    state = _shared_once(checkpoint.model.state_dict())
+    if half:
+        state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+    safetensors.torch.save_file(state, new / "model.safetensors")
+    config = {
+        "format": FORMAT,
+        "encoder": to_dict(checkpoint.encoder),
+        "decoder": to_dict(checkpoint.decoder),
+        "about": dict(checkpoint.about),
+    }
+    write_json(new / "config.json", config)
+    checkpoint.vocabulary.save(new / "vocabulary.json")
+    if training is not None:
+        safetensors.torch.save_file(training.tensors, new / "training.safetensors")
+        write_json(new / "training.json", training.progress)
+    replace_folder(new, folder)
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read a checkpoint folder; the model comes in float32, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is malformed or does not fit the others; names it.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "vocabulary.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file; a checkpoint is a folder like runs/x/best")
+    config = read_json(folder / "config.json")
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / 'config.json'}: format is {config.get('format')!r}, this version reads {FORMAT}")
+    encoder = from_dict(EncoderConfig, config.get("encoder"), f"{folder / 'config.json'}: encoder")
+    decoder = from_dict(DecoderConfig, config.get("decoder"), f"{folder / 'config.json'}: decoder")
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    state = read_tensors(folder / "model.safetensors")
+    prefix = "encoder.network."
+    cnn_state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    try:
+        model, encoder = build_model(encoder, decoder, len(vocabulary), encoder_state=cnn_state)
+        load_state(model, state)
+    except (RuntimeError, ValueError) as error:
+        message = one_line(error)[:300]
+        raise ValueError(
+            f"{folder / 'model.safetensors'}: does not fit its config and vocabulary: {message}"
+        ) from error
+    about = config.get("about", {})
+    return Checkpoint(model.eval(), encoder, decoder, vocabulary, about if isinstance(about, dict) else {})
+
+
+def load_state(model: CaptioningModel, state: dict[str, Tensor]) -> None:
+    """Copy saved weights into a model, whatever type they were stored in; tied ones were stored once."""
+    full = model.state_dict()
+    shared = {name: first for name, first in _aliases(full).items() if name not in state}
+    model.load_state_dict({**state, **{name: state[first] for name, first in shared.items() if first in state}})
+
+
+def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tied tensors -> the first name of the same memory."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(x.data_ptr(), name) for name, x in state.items() if x.numel()}
+
+
+def _shared_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    aliases = _aliases(state)
+    return {name: x.detach().cpu().contiguous() for name, x in state.items() if aliases.get(name, name) == name}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file: {one_line(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object, readable and in one step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be filled and then put in its place with `replace_folder`."""
+    new = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one; at no time is there only half of one.
+
+    A stop between the two renames leaves the older one as NAME.old, which `recover_folder` finds.
+    """
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo a replacement that was cut off between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        os.rename(old, folder)

@@ -1,0 +1,294 @@
+"""Search: greedy, sampling and batched beam search over `Decoder.step`, whatever the decoder is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from captioning.config import SearchConfig
+from captioning.models.decoder import Decoder, Step
+from captioning.vocabulary import END, PAD, START, UNK
+
+NEVER = (PAD, START, UNK)
+"""Words that no search ever says."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One caption as ids, with what the model thought and where it looked at each of its steps.
+
+    Args:
+        ids: words, without START; END is the last one if `finished`.
+        log_probs: the model's log p of each id (its own: no temperature, nothing renormalised).
+        alphas: (T, L) attention at each id, None for a model without.
+        betas: (T,) gate at each id, None likewise.
+        finished: END was reached; otherwise this is the best that `max_length` allowed.
+        score: what hypotheses are ranked by: sum of log_probs / T ** length_penalty.
+    """
+
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    alphas: Float[Tensor, "T L"] | None
+    betas: Float[Tensor, " T"] | None
+    finished: bool
+    score: float
+
+
+class _Trace(NamedTuple):
+    """One step of N images with B rows each, which found C candidates for the next words.
+
+    Candidate c continues row `parents[c]`; `slots[b]` is the candidate that became row b of the next step.
+    """
+
+    parents: Integer[Tensor, "N C"]
+    words: Integer[Tensor, "N C"]
+    log_probs: Float[Tensor, "N C"]
+    slots: Integer[Tensor, "N B"]
+    alphas: Float[Tensor, "N B L"] | None
+    betas: Float[Tensor, "N B"] | None
+
+    def cpu(self) -> "_Trace":
+        parents, words, log_probs, slots = (x.cpu() for x in self[:4])
+        alphas, betas = (None if x is None else x.cpu() for x in self[4:])
+        return _Trace(parents, words, log_probs, slots, alphas, betas)
+
+
+class _Ending(NamedTuple):
+    """Where a hypothesis ends: with candidate `slot` of trace `time`."""
+
+    score: float
+    time: int
+    slot: int
+    finished: bool
+
+
+def search(
+    decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig, *, generator: torch.Generator | None = None
+) -> list[list[Hypothesis]]:
+    """Caption N images: by beam search, or by sampling when the config says so.
+
+    Args:
+        decoder: any decoder, in evaluation mode.
+        a: annotation vectors.
+        config: how.
+        generator: of the samples, on the device of `a`.
+
+    Returns:
+        For every image `config.num_captions` hypotheses, best first (fewer if the vocabulary has no more).
+    """
+    with torch.no_grad():
+        if config.sample:
+            return sample(decoder, a, config, generator=generator)
+        return [found[: config.num_captions] for found in beam_search(decoder, a, config)]
+
+
+def greedy(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig) -> list[list[Hypothesis]]:
+    """The likeliest word at every step; one hypothesis per image."""
+    return _roll_out(decoder, a, config, rows_per_image=1, choose=lambda log_p: log_p.argmax(dim=-1))
+
+
+def sample(
+    decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig, *, generator: torch.Generator | None = None
+) -> list[list[Hypothesis]]:
+    """Words drawn from p(y_t)^(1/temperature), cut to the top k and to the nucleus top p (Holtzman et al., 2020)."""
+
+    def choose(log_p: Float[Tensor, "R V"]) -> Integer[Tensor, " R"]:
+        p = nucleus((log_p / config.temperature).softmax(dim=-1), top_k=config.top_k, top_p=config.top_p)
+        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+
+    return _roll_out(decoder, a, config, rows_per_image=config.num_captions, choose=choose)
+
+
+def nucleus(p: Float[Tensor, "R V"], *, top_k: int, top_p: float) -> Float[Tensor, "R V"]:
+    """Keep the k likeliest words (0: all), and of them the fewest whose probabilities reach top_p; renormalise."""
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    keep = before < top_p if top_p < 1 else torch.ones_like(p, dtype=torch.bool)
+    if top_k:
+        keep[:, top_k:] = False
+    kept = torch.zeros_like(p).scatter(-1, order, ordered * keep)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def _roll_out(
+    decoder: Decoder,
+    a: Float[Tensor, "N L D"],
+    config: SearchConfig,
+    *,
+    rows_per_image: int,
+    choose: Callable[[Float[Tensor, "R V"]], Integer[Tensor, " R"]],
+) -> list[list[Hypothesis]]:
+    """One word after the other, `choose`n from the allowed log p; rows never branch."""
+    n, k = len(a), rows_per_image
+    memory = decoder.prepare(a)
+    state = decoder.initial_state(memory, k)
+    words = torch.full((n * k,), START, device=a.device)
+    history = words.new_empty(n * k, 0)
+    same = torch.arange(k, device=a.device).expand(n, k)
+    traces: list[_Trace] = []
+    for _ in range(config.max_length + 1):
+        step = decoder.step(words, state, memory)
+        log_p = step.logits.log_softmax(dim=-1)
+        words = choose(log_p.masked_fill(_forbidden(log_p, history, config), -torch.inf))
+        spent = log_p.gather(-1, words.unsqueeze(-1)).view(n, k)
+        traces.append(_Trace(same, words.view(n, k), spent, same, *_looks(step, n)))
+        state, history = step.state, torch.cat([history, words.unsqueeze(-1)], dim=-1)
+        if bool((history == END).any(dim=-1).all()):
+            break
+    endings = []
+    totals = torch.stack([trace.log_probs for trace in traces], dim=-1).tolist()
+    for i, rows in enumerate(history.view(n, k, -1).tolist()):
+        ends = [row.index(END) if END in row else -1 for row in rows]
+        times = [end if end >= 0 else config.max_length - 1 for end in ends]
+        scores = [_rank(sum(totals[i][j][: time + 1]), time + 1, config) for j, time in enumerate(times)]
+        endings.append([_Ending(scores[j], times[j], j, ends[j] >= 0) for j in range(k)])
+    return _hypotheses(traces, endings)
+
+
+def beam_search(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig) -> list[list[Hypothesis]]:
+    """Beam search over N images x `beam_size` hypotheses at once.
+
+    Finished hypotheses leave the beam, which stays full. An image is done when no hypothesis that is still open can
+    beat its `beam_size` best finished ones; its result depends on no other image.
+
+    Returns:
+        For every image up to `beam_size` hypotheses, best first. Only where END never came, the best open one, marked.
+    """
+    n, width = len(a), config.beam_size
+    memory = decoder.prepare(a)
+    state = decoder.initial_state(memory, width)
+    words = torch.full((n * width,), START, device=a.device)
+    history = words.new_empty(n * width, 0)
+    totals = a.new_full((n, width), -torch.inf)
+    totals[:, 0] = 0  # all rows are the same before the first word: only one may branch
+    first_row = torch.arange(n, device=a.device).unsqueeze(-1) * width
+    traces: list[_Trace] = []
+    finished: list[list[_Ending]] = [[] for _ in range(n)]
+    done = [False] * n
+    for t in range(config.max_length + 1):
+        step = decoder.step(words, state, memory)
+        log_p = step.logits.log_softmax(dim=-1).to(totals.dtype)
+        allowed = log_p.masked_fill(_forbidden(log_p, history, config), -torch.inf).unflatten(0, (n, width))
+        # At most `width` candidates end, so that twice as many hold enough others to keep the beam full.
+        candidates = (totals.unsqueeze(-1) + allowed).flatten(1)
+        best, index = candidates.topk(min(2 * width, candidates.shape[1]), dim=-1)
+        parents, chosen = index // log_p.shape[-1], index % log_p.shape[-1]
+        if t < config.max_length:
+            totals, slots = best.masked_fill(chosen == END, -torch.inf).topk(width, dim=-1)
+        rows = first_row + parents
+        traces.append(_Trace(parents, chosen, log_p[rows, chosen], slots, *_looks(step, n)))
+        _collect(finished, done, best, traces[-1], t, config)
+        _mark_done(finished, done, totals, config)
+        if all(done):
+            break
+        rows, words = rows.gather(1, slots).flatten(), chosen.gather(1, slots).flatten()
+        state = type(step.state)(*(x[rows] for x in step.state))
+        history = torch.cat([history[rows], words.unsqueeze(-1)], dim=-1)
+    _add_open(finished, traces, totals, config)
+    return [found[:width] for found in _hypotheses(traces, finished)]
+
+
+def _collect(
+    finished: list[list[_Ending]],
+    done: list[bool],
+    best: Float[Tensor, "N C"],
+    trace: _Trace,
+    time: int,
+    config: SearchConfig,
+) -> None:
+    """Note which candidates end. They must be among the `beam_size` best, so that a beam of one is greedy."""
+    width = config.beam_size
+    ends = (trace.words[:, :width] == END) & best[:, :width].isfinite()
+    for i, slot in ends.nonzero().tolist():
+        if not done[i]:
+            finished[i].append(_Ending(_rank(float(best[i, slot]), time + 1, config), time, slot, True))
+
+
+def _mark_done(
+    finished: list[list[_Ending]], done: list[bool], totals: Float[Tensor, "N B"], config: SearchConfig
+) -> None:
+    """An image is done when its best open row, were it to gain no more loss, could not enter its finished ones."""
+    for i, total in enumerate(totals.amax(dim=-1).tolist()):
+        attainable = _rank(total, config.max_length + 1, config)  # log p only falls; the longest has the mildest rank
+        scores = sorted((ending.score for ending in finished[i]), reverse=True)
+        beaten = len(scores) >= config.beam_size and attainable <= scores[config.beam_size - 1]
+        done[i] = done[i] or beaten or total == -torch.inf
+
+
+def _add_open(
+    finished: list[list[_Ending]], traces: list[_Trace], totals: Float[Tensor, "N B"], config: SearchConfig
+) -> None:
+    """Where nothing finished, the best open row stands in."""
+    time = min(config.max_length, len(traces)) - 1
+    for i, endings in enumerate(finished):
+        if not endings:
+            row = int(totals[i].argmax())
+            score = _rank(float(totals[i, row]), time + 1, config)
+            endings.append(_Ending(score, time, int(traces[time].slots[i, row]), False))
+
+
+def _by_score(ending: _Ending) -> float:
+    return -ending.score
+
+
+def _rank(total: float, length: int, config: SearchConfig) -> float:
+    """The rank log p / length ** length_penalty; Wu et al. (2016), section 7, without their constant."""
+    return total / length**config.length_penalty
+
+
+def _forbidden(
+    log_p: Float[Tensor, "R V"], history: Integer[Tensor, "R t"], config: SearchConfig
+) -> Bool[Tensor, "R V"]:
+    """Words that may not come next: the special ones, and those that would repeat an n-gram of the row's history."""
+    forbidden = torch.zeros_like(log_p, dtype=torch.bool)
+    forbidden[:, NEVER] = True
+    n, t = config.no_repeat_ngram, history.shape[1]
+    if 0 < n <= t:
+        ngrams = history.unfold(1, n, 1)
+        last = history[:, t - n + 1 :]
+        repeats = (ngrams[..., :-1] == last.unsqueeze(1)).all(dim=-1)
+        counts = torch.zeros_like(log_p).scatter_add(1, ngrams[..., -1], repeats.to(log_p.dtype))
+        forbidden |= counts > 0
+    return forbidden
+
+
+def _looks(step: Step, images: int) -> tuple[Tensor | None, Tensor | None]:
+    """A step's alphas and betas by image."""
+    return tuple(None if x is None else x.unflatten(0, (images, -1)) for x in (step.alpha, step.beta))  # type: ignore[return-value]
+
+
+def _hypotheses(traces: list[_Trace], endings: list[list[_Ending]]) -> list[list[Hypothesis]]:
+    """Follow every ending back to its first word, best first."""
+    on_cpu = [trace.cpu() for trace in traces]
+    return [
+        [_backtrack(on_cpu, i, ending) for ending in sorted(found, key=_by_score)] for i, found in enumerate(endings)
+    ]
+
+
+def _backtrack(traces: list[_Trace], image: int, ending: _Ending) -> Hypothesis:
+    ids: list[int] = []
+    log_probs: list[float] = []
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    slot = ending.slot
+    for t in range(ending.time, -1, -1):
+        trace = traces[t]
+        row = int(trace.parents[image, slot])
+        ids.append(int(trace.words[image, slot]))
+        log_probs.append(float(trace.log_probs[image, slot]))
+        if trace.alphas is not None:
+            alphas.append(trace.alphas[image, row])
+        if trace.betas is not None:
+            betas.append(trace.betas[image, row])
+        slot = int(traces[t - 1].slots[image, row]) if t else 0
+    return Hypothesis(
+        ids=tuple(reversed(ids)),
+        log_probs=tuple(reversed(log_probs)),
+        alphas=torch.stack(alphas[::-1]) if alphas else None,
+        betas=torch.stack(betas[::-1]) if betas else None,
+        finished=ending.finished,
+        score=ending.score,
+    )

@@ -1,0 +1,218 @@
+"""Caption a split and score it, or score anyone's captions.
+
+python -m captioning.evaluate --checkpoint runs/x/best --data data.h5 --split val --beam-size 5 --output results.json
+python -m captioning.evaluate --results results.json --references captions_val2017.json
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from captioning.api import checkpoint_folder
+from captioning.checkpoint import Checkpoint, load_checkpoint
+from captioning.config import SearchConfig
+from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
+from captioning.decoding import Hypothesis, search
+from captioning.metrics import DEFAULT_METRICS, Scores, score
+from captioning.models.captioner import CaptioningModel
+from captioning.results import read_references, read_results, select_references, write_results
+from captioning.tokenization import detokenize
+from captioning.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class SplitCaption:
+    """An image's best caption, and the hypothesis behind it."""
+
+    text: str
+    hypothesis: Hypothesis
+
+
+def caption_split(
+    model: CaptioningModel,
+    data: CaptionData,
+    indices: Sequence[int],
+    vocabulary: Vocabulary,
+    config: SearchConfig,
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, SplitCaption]:
+    """Caption images of a data file.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        data: pixels of any size, or annotation vectors of this model's encoder.
+        indices: which images.
+        vocabulary: the model's words (not the file's).
+        config: the search.
+        batch_size: images at once.
+        device: where the model is.
+        seed: of the samples, if the search samples.
+        progress: show a bar.
+
+    Returns:
+        The best caption of each image, by its name.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    resize = build_augmentation("none", model.encoder.image_size)
+    found: dict[str, SplitCaption] = {}
+    with torch.no_grad():
+        for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):
+            part = [int(i) for i in indices[start : start + batch_size]]
+            images = torch.stack([data.image(i) if data.kind == ANNOTATIONS else resize(data.image(i)) for i in part])
+            hypotheses = search(model.decoder, model.annotate(images.to(device)), config, generator=generator)
+            for i, best in zip(part, hypotheses, strict=True):
+                found[data.names[i]] = SplitCaption(detokenize(vocabulary.decode(best[0].ids)), best[0])
+    return found
+
+
+def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
+    """Stored annotation vectors must come from the checkpoint's own encoder.
+
+    Raises:
+        ValueError: they do not; says what to do.
+    """
+    if data.encoder is None:
+        return
+    own = checkpoint.model.encoder.network.state_dict()
+    stored: Mapping[str, Tensor] = data.encoder_state()
+    same = own.keys() == stored.keys() and all(  # a checkpoint may be stored in float16
+        own[name].shape == x.shape and torch.allclose(own[name].cpu().float(), x.float(), 1e-2, 1e-3)
+        for name, x in stored.items()
+    )
+    if not same or checkpoint.encoder.image_size != data.encoder.image_size:
+        raise ValueError(
+            f"{data.path} stores annotation vectors of another encoder than the checkpoint's "
+            f"({data.encoder.name}); preprocess the photos without --encoder and evaluate on those pixels"
+        )
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: CaptionData,
+    split: str,
+    config: SearchConfig,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    tokenizer: str = "auto",
+    limit: int = 0,
+    batch_size: int = 32,
+    device: str = "cpu",
+) -> tuple[dict[str, SplitCaption], Scores]:
+    """Caption a split (its first `limit` images, 0: all) and score it."""
+    check_fits(checkpoint, data)
+    indices = data.indices(split).tolist()[: limit or None]
+    found = caption_split(
+        checkpoint.model.to(device).eval(),
+        data,
+        indices,
+        checkpoint.vocabulary,
+        config,
+        batch_size=batch_size,
+        device=device,
+        progress=sys.stderr.isatty(),
+    )
+    references = {data.names[i]: data.references(i) for i in indices}
+    captions = {name: caption.text for name, caption in found.items()}
+    return found, score(captions, references, tokenizer=tokenizer, metrics=tuple(metrics))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m captioning.evaluate", description="Caption a split and score it, or score anyone's captions."
+    )
+    ours = parser.add_argument_group("a checkpoint on a data file")
+    ours.add_argument("--checkpoint", help="checkpoint folder, run folder, or name of a pretrained one")
+    ours.add_argument("--data", help="HDF5 file made by python -m preprocess")
+    ours.add_argument("--split", choices=SPLITS, default="val")
+    ours.add_argument("--beam-size", type=int, default=5)
+    ours.add_argument("--length-penalty", type=float, default=0.0)
+    ours.add_argument("--max-length", type=int, default=30)
+    ours.add_argument("--no-repeat-ngram", type=int, default=0)
+    ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
+    ours.add_argument("--batch-size", type=int, default=32)
+    ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ours.add_argument("--output", help="write the captions here, in COCO's results format")
+    theirs = parser.add_argument_group("anyone's captions")
+    theirs.add_argument("--results", help="captions in COCO's results format")
+    theirs.add_argument(
+        "--references", help="COCO captions JSON, Karpathy JSON, Flickr token file, or {id: [captions]}"
+    )
+    parser.add_argument("--tokenizer", choices=("auto", "ptb", "python"), default="auto")
+    parser.add_argument("--spice", action="store_true", help="SPICE too (Java; downloads its models when first used)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object]]:
+    """The scores, and what to say about how they came about."""
+    metrics = (*DEFAULT_METRICS, "SPICE") if options.spice else DEFAULT_METRICS
+    if options.results or options.references:
+        if not (options.results and options.references) or options.checkpoint or options.data:
+            raise ValueError("--results and --references go together, and without --checkpoint and --data")
+        results = read_results(Path(options.results))
+        references = select_references(results, read_references(Path(options.references)))
+        return score(results, references, tokenizer=options.tokenizer, metrics=metrics), {"results": options.results}
+    if not (options.checkpoint and options.data):
+        raise ValueError("give --checkpoint and --data, or --results and --references")
+    config = SearchConfig(
+        beam_size=options.beam_size,
+        length_penalty=options.length_penalty,
+        max_length=options.max_length,
+        no_repeat_ngram=options.no_repeat_ngram,
+    )
+    checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
+    began = time.perf_counter()
+    found, scores = evaluate(
+        checkpoint,
+        data,
+        options.split,
+        config,
+        metrics=metrics,
+        tokenizer=options.tokenizer,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+    if options.output:
+        write_results(Path(options.output), {name: caption.text for name, caption in found.items()})
+    about: dict[str, object] = {
+        "checkpoint": options.checkpoint,
+        "data": options.data,
+        "split": options.split,
+        "beam_size": config.beam_size,
+        "search": dataclasses.asdict(config),
+        "unfinished": sum(not caption.hypothesis.finished for caption in found.values()),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    return scores, about
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 after a mistake, which it says in one line."""
+    try:
+        scores, about = _run(_parser().parse_args(arguments))
+    except (ValueError, FileNotFoundError, ConnectionError, RuntimeError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    print(scores.table())
+    for name in ("split", "beam_size", "unfinished"):
+        if name in about:
+            print(f"{name.replace('_', ' ')}: {about[name]}")
+    print(json.dumps({**scores.as_dict(), **about}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Encoder and decoder together: pixels (or stored annotation vectors) and words in, logits out."""
+
+import torch
+from jaxtyping import Float, Integer, Shaped
+from torch import Tensor, nn
+
+from captioning.models.decoder import Decoder, Output
+from captioning.models.encoder import Encoder
+
+
+class CaptioningModel(nn.Module):
+    """The whole network.
+
+    Args:
+        encoder: photo -> annotation vectors.
+        decoder: annotation vectors and words -> next words.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def annotate(self, images: Shaped[Tensor, "N ..."]) -> Float[Tensor, "N L D"]:
+        """Annotation vectors of N images, given as uint8 pixels (N, 3, S, S) or as stored vectors (N, L, D)."""
+        a = self.encoder(images) if images.dim() == 4 else images
+        return a.to(self.decoder_dtype)
+
+    def forward(self, images: Shaped[Tensor, "N ..."], words: Integer[Tensor, "N K S"]) -> Output:
+        """Teacher forcing, see `Decoder.forward`."""
+        return self.decoder(self.annotate(images), words)
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """Type of the decoder's parameters."""
+        return next(self.decoder.parameters()).dtype

@@ -1,0 +1,219 @@
+"""The Decoder contract, and the paper's attention LSTM: Xu et al. (2015), eqs. 1-3 and 7."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from captioning.config import DecoderConfig
+from captioning.models.alignment import ALIGNMENTS
+from captioning.models.attention import ATTENTIONS, Attention, Memory, build_gate
+from captioning.vocabulary import PAD
+
+
+class State(NamedTuple):
+    """What the recurrence carries; batch first, so that beams are reordered by indexing."""
+
+    h: Float[Tensor, "R n"]
+    c: Float[Tensor, "R n"]
+
+
+class Step(NamedTuple):
+    """One word for R rows. `alpha` is None for a model without attention, `beta` (its mean over features) likewise."""
+
+    logits: Float[Tensor, "R V"]
+    state: State
+    alpha: Float[Tensor, "R L"] | None
+    beta: Float[Tensor, " R"] | None
+
+
+class Output(NamedTuple):
+    """A whole teacher-forced batch. Logits exist only where there is a target: W = mask.sum() words, in mask order."""
+
+    logits: Float[Tensor, "W V"]
+    targets: Integer[Tensor, " W"]
+    mask: Bool[Tensor, "N K T"]
+    alphas: Float[Tensor, "N K T L"] | None
+    betas: Float[Tensor, "N K T"] | None
+
+
+class Decoder(nn.Module):
+    """The contract of every language model here. `forward` equals repeated `step`.
+
+    There are N images and R = N * K rows, grouped by image (captions of one image in training, beams in search).
+    """
+
+    def prepare(self, a: Float[Tensor, "N L D"]) -> Any:
+        """Everything that depends on the image alone, computed once per image."""
+        raise TypeError(f"{type(self).__name__} must define prepare")
+
+    def initial_state(self, memory: Any, rows_per_image: int = 1) -> Any:
+        """The state before the first word: a NamedTuple of tensors with R = N * rows_per_image rows."""
+        raise TypeError(f"{type(self).__name__} must define initial_state")
+
+    def step(self, word: Integer[Tensor, " R"], state: Any, memory: Any) -> Step:
+        """Feed one word to every row."""
+        raise TypeError(f"{type(self).__name__} must define step")
+
+    def forward(self, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Output:
+        """Teacher forcing. `words` are framed by START and END and padded with PAD; an absent caption is all PAD."""
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+
+class AttentionLSTM(Decoder):
+    """Look with h_{t-1}, read the word and the place, write h_t, speak: Xu et al. (2015), section 3.1.2.
+
+    Args:
+        attention: eqs. 4-6.
+        gate: beta_t from h_{t-1}.
+        vocabulary_size: V.
+        annotation_dim: D.
+        embedding_dim: m.
+        hidden_dim: n.
+        dropout: in the deep output, on h and on the tanh.
+        embedding_dropout: on E y.
+        annotation_dropout: on a.
+        tie_embeddings: L_o is E.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        gate: nn.Module,
+        *,
+        vocabulary_size: int,
+        annotation_dim: int,
+        embedding_dim: int,
+        hidden_dim: int,
+        dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
+        annotation_dropout: float = 0.0,
+        tie_embeddings: bool = False,
+    ):
+        super().__init__()
+        self.attention = attention
+        self.gate = gate
+        self.E = nn.Embedding(vocabulary_size, embedding_dim, padding_idx=PAD)
+        self.init_h = nn.Linear(annotation_dim, hidden_dim)
+        self.init_c = nn.Linear(annotation_dim, hidden_dim)
+        self.lstm_word = nn.Linear(embedding_dim, 4 * hidden_dim)
+        self.lstm_state = nn.Linear(hidden_dim + annotation_dim, 4 * hidden_dim, bias=False)
+        self.L_h = nn.Linear(hidden_dim, embedding_dim)
+        self.L_z = nn.Linear(annotation_dim, embedding_dim, bias=False)
+        self.L_o = nn.Linear(embedding_dim, vocabulary_size)
+        self.dropout = nn.Dropout(dropout)
+        self.embedding_dropout = nn.Dropout(embedding_dropout)
+        self.annotation_dropout = nn.Dropout(annotation_dropout)
+        nn.init.normal_(self.E.weight, std=embedding_dim**-0.5)  # so that L_o, when tied, begins with unit logits
+        with torch.no_grad():
+            self.E.weight[PAD] = 0
+            self.lstm_word.bias[hidden_dim : 2 * hidden_dim] = 1.0  # an open forget gate (Jozefowicz et al., 2015)
+        if tie_embeddings:
+            self.L_o.weight = self.E.weight
+
+    def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
+        return self.attention.prepare(self.annotation_dropout(a))
+
+    def initial_state(self, memory: Memory, rows_per_image: int = 1) -> State:
+        """h_0 and c_0 from the mean annotation vector, section 3.1.2."""
+        mean = memory.a.mean(dim=1).repeat_interleave(rows_per_image, dim=0)
+        h, c = torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))
+        return State(h.to(self.E.weight.dtype), c.to(self.E.weight.dtype))  # the recurrence itself is never in bf16
+
+    def step(self, word: Integer[Tensor, " R"], state: State, memory: Memory) -> Step:
+        embedded = self.embedding_dropout(self.E(word))
+        state, z, alpha, beta = self._recur(self.lstm_word(embedded), state, memory)
+        return Step(self._deep_output(state.h, z, embedded), state, alpha, beta.mean(dim=-1))
+
+    def forward(self, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Output:
+        inputs, targets = words[..., :-1], words[..., 1:]
+        mask = targets != PAD
+        n, k = mask.shape[:2]
+        memory = self.prepare(a)
+        embedded = self.embedding_dropout(self.E(inputs))
+        word_gates = self.lstm_word(embedded)  # the words' half of eq. 1, for all steps at once
+        state = self.initial_state(memory, k)
+        rows = (n, k)
+        steps = []
+        for t, active in enumerate(_active_rows(mask)):
+            state = State(*(_resize(x, rows, active) for x in state))
+            part = Memory(*(x[: active[0]] for x in memory))
+            gates = word_gates[: active[0], : active[1], t].flatten(0, 1)
+            state, z, alpha, beta = self._recur(gates, state, part)
+            steps.append([_resize(x, active, (n, k)) for x in (state.h, z, alpha, beta)])
+            rows = active
+        h, z, alphas, betas = (torch.stack(x, dim=1).unflatten(0, (n, k)) for x in zip(*steps, strict=True))
+        logits = self._deep_output(h[mask], z[mask], embedded[mask])
+        return Output(logits, targets[mask], mask, alphas, betas.mean(dim=-1))
+
+    def _recur(
+        self, word_gates: Float[Tensor, "R g"], state: State, memory: Memory
+    ) -> tuple[State, Float[Tensor, "R D"], Float[Tensor, "R L"], Float[Tensor, "R b"]]:
+        """Eqs. 1-6 for one word, whose half of the gates is given. Returns the state, z (gated), alpha and beta."""
+        context = self.attention(state.h, memory)
+        beta = self.gate(state.h)
+        z = beta * context.z
+        gates = word_gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
+        i, f, o, g = gates.to(state.c.dtype).chunk(4, dim=-1)  # eq. 1
+        c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)  # eq. 2
+        h = torch.sigmoid(o) * torch.tanh(c)  # eq. 3
+        return State(h, c), z, context.alpha, beta
+
+    def _deep_output(
+        self, h: Float[Tensor, "W n"], z: Float[Tensor, "W D"], embedded: Float[Tensor, "W m"]
+    ) -> Float[Tensor, "W V"]:
+        """Eq. 7, with the tanh of the original code: L_o tanh(L_h h_t + L_z z_t + E y_{t-1})."""
+        hidden = torch.tanh(self.L_h(self.dropout(h)) + self.L_z(z) + embedded)
+        return self.L_o(self.dropout(hidden))
+
+
+def _active_rows(mask: Bool[Tensor, "N K T"]) -> list[tuple[int, int]]:
+    """For every step, the smallest (images, captions) corner of the batch that holds all captions still going on.
+
+    With long captions first (as `data.Collate` orders them) the corner shrinks as captions end.
+    """
+    images = mask.any(dim=1) * torch.arange(1, mask.shape[0] + 1, device=mask.device).unsqueeze(1)
+    captions = mask.any(dim=0) * torch.arange(1, mask.shape[1] + 1, device=mask.device).unsqueeze(1)
+    corners = torch.stack([images.amax(dim=0), captions.amax(dim=0)], dim=1).clamp(min=1)
+    return [(int(n), int(k)) for n, k in corners.tolist()]
+
+
+def _resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Cut rows grouped as (images, captions) to another corner, or fill up with zeros."""
+    if rows == wanted:
+        return x
+    (n, k), (n_wanted, k_wanted) = rows, wanted
+    x = x.unflatten(0, rows)[:n_wanted, :k_wanted]
+    return F.pad(x, (0, 0, 0, max(k_wanted - k, 0), 0, max(n_wanted - n, 0))).flatten(0, 1)
+
+
+def build_decoder(config: DecoderConfig, *, vocabulary_size: int, annotation_dim: int) -> Decoder:
+    """The decoder of a config.
+
+    Raises:
+        ValueError: the alignment does not fit the dimensions.
+    """
+    return DECODERS[config.name](config, vocabulary_size, annotation_dim)
+
+
+def _build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation_dim: int) -> AttentionLSTM:
+    alignment = ALIGNMENTS[config.alignment](
+        query_dim=config.hidden_dim, annotation_dim=annotation_dim, dim=config.attention_dim
+    )
+    return AttentionLSTM(
+        ATTENTIONS[config.attention](alignment),
+        build_gate(config.gate, hidden_dim=config.hidden_dim, annotation_dim=annotation_dim),
+        vocabulary_size=vocabulary_size,
+        annotation_dim=annotation_dim,
+        embedding_dim=config.embedding_dim,
+        hidden_dim=config.hidden_dim,
+        dropout=config.dropout,
+        embedding_dropout=config.embedding_dropout,
+        annotation_dropout=config.annotation_dropout,
+        tie_embeddings=config.tie_embeddings,
+    )
+
+
+DECODERS = {"attention_lstm": _build_attention_lstm}

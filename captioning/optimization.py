@@ -1,0 +1,78 @@
+"""The optimiser, its schedule and the moving average of the weights: settings in, state that can be saved out."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer, RMSprop
+from torch.optim.swa_utils import AveragedModel
+
+from captioning.config import OptimizerConfig
+from captioning.models.captioner import CaptioningModel
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "rmsprop": RMSprop}
+
+
+def build_optimizer(model: CaptioningModel, config: OptimizerConfig) -> Optimizer:
+    """An optimiser over what is trained: the encoder's stages with their own rate; no decay on biases and norms."""
+    groups = []
+    for part, peak in ((model.encoder, config.encoder_learning_rate), (model.decoder, config.learning_rate)):
+        trained = [p for p in part.parameters() if p.requires_grad]
+        for decayed in (True, False):
+            parameters = [p for p in trained if (p.dim() > 1) == decayed]
+            if parameters:
+                decay = config.weight_decay if decayed else 0.0
+                groups.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
+    return OPTIMIZERS[config.name](groups)  # type: ignore[call-arg]
+
+
+def learning_rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
+    """The learning rate of a step as a fraction of its peak: linear warm-up, then constant, cosine or linear to zero.
+
+    Args:
+        step: from 0.
+        total: steps of the whole run.
+        config: warmup_steps and schedule.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+    return {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[config.schedule]
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Set every group's rate to its peak times the factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights; a young one forgets faster: min(decay, (1 + n) / (10 + n))."""
+
+    def average(averaged: Iterable[Tensor], current: Iterable[Tensor], count: Tensor | int) -> None:
+        n = int(count)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        for old, new in zip(averaged, current, strict=True):
+            old.lerp_(new.to(old.dtype), weight)
+
+    return AveragedModel(model, multi_avg_fn=average)
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors: `3/exp_avg` belongs to its fourth parameter."""
+    return {
+        f"{number}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        number, name = key.split("/", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

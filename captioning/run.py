@@ -1,0 +1,223 @@
+"""One training run: its objects, how it starts or resumes, and how its state is saved."""
+
+import dataclasses
+import importlib.metadata
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from captioning.api import checkpoint_folder
+from captioning.checkpoint import (
+    Checkpoint,
+    TrainingState,
+    build_model,
+    load_checkpoint,
+    load_state,
+    recover_folder,
+    save_checkpoint,
+    write_json,
+)
+from captioning.config import EncoderConfig, Settings, to_dict
+from captioning.data import ANNOTATIONS, CaptionData, Sample, plan_epoch
+from captioning.models.captioner import CaptioningModel
+from captioning.optimization import build_optimizer, load_optimizer_tensors, moving_average, optimizer_tensors
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next batch is number `batch` of epoch `epoch`."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    without_gain: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """What the functions below share: the objects of one training run."""
+
+    settings: Settings
+    accelerator: Accelerator
+    data: CaptionData
+    encoder: EncoderConfig
+    model: CaptioningModel
+    wrapped: Any
+    optimizer: Optimizer
+    average: AveragedModel | None
+    progress: Progress
+    writer: SummaryWriter | None
+    total_steps: int
+
+    @property
+    def evaluated(self) -> CaptioningModel:
+        """The model that is validated and kept: the moving average if there is one."""
+        return cast(CaptioningModel, self.average.module) if self.average is not None else self.model
+
+
+def start(settings: Settings) -> Run:
+    """Everything up to the first step; with `resume`, everything as it was."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    output = Path(settings.output)
+    recover_folder(output / "last")
+    state = TrainingState.load(output / "last") if settings.resume else None
+    if not settings.resume and (output / "last").exists():
+        raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
+    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    data = CaptionData(settings.data)
+    torch.manual_seed(settings.seed)
+    model, encoder = start_model(settings, data)
+    optimizer = build_optimizer(model, settings.optimizer)
+    average = moving_average(model, settings.optimizer.average_decay) if settings.optimizer.average_decay else None
+    progress = Progress()
+    if state is not None:
+        check_same_run(settings, state)
+        load_state(model, load_checkpoint(output / "last").model.state_dict())
+        load_optimizer_tensors(optimizer, state.group("optimizer"))
+        if average is not None:
+            average.load_state_dict(state.group("average"))
+        progress = Progress(**state.progress["progress"])
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if average is not None:
+        average.to(accelerator.device)
+    batches = len(plan(settings, data, epoch=0))
+    writer = None
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "settings.json", to_dict(settings))
+        writer = SummaryWriter(str(output / "tensorboard"), purge_step=progress.step or None)
+    run = Run(
+        settings,
+        accelerator,
+        data,
+        encoder,
+        model,
+        wrapped,
+        optimizer,
+        average,
+        progress,
+        writer,
+        total_steps=batches * settings.epochs,
+    )
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(
+        run,
+        f"{len(data.indices('train')):,} images, {batches:,} steps an epoch, {parameters:,} trained parameters, "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {settings.precision}",
+    )
+    return run
+
+
+def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel, EncoderConfig]:
+    """The model of the settings: new, or from the checkpoint `init_from`, with the encoder that the data demands."""
+    encoder, encoder_state = fit_encoder(settings.encoder, data), None
+    if data.kind == ANNOTATIONS:
+        encoder_state = data.encoder_state()
+    if settings.init_from is None:
+        return build_model(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
+    first = load_checkpoint(checkpoint_folder(settings.init_from))
+    if first.vocabulary != data.vocabulary:
+        raise ValueError(f"init_from={settings.init_from}: its vocabulary is not that of {data.path}")
+    if first.decoder != dataclasses.replace(
+        settings.decoder, **{name: getattr(first.decoder, name) for name in vars(first.decoder) if "dropout" in name}
+    ):
+        raise ValueError(f"init_from={settings.init_from}: its decoder is {first.decoder}; set --decoder alike")
+    if encoder_state is None:
+        encoder_state = first.model.encoder.network.state_dict()
+    model, encoder = build_model(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
+    load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
+    return model, encoder
+
+
+def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
+    """The encoder's settings, completed by what the data file fixes.
+
+    Raises:
+        ValueError: they contradict the annotation vectors in the file; names the field.
+    """
+    if data.encoder is None:
+        return dataclasses.replace(config, fit=data.settings.get("fit", config.fit))
+    stored = data.encoder
+    for name in ("name", "layer", "grid", "image_size"):
+        wanted, there = getattr(config, name), getattr(stored, name)
+        if wanted is not None and wanted != there:
+            raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
+    if config.train_from is not None:
+        raise ValueError(
+            f"encoder.train_from={config.train_from!r} needs pixels; {data.path} stores annotation vectors"
+        )
+    return stored
+
+
+def check_same_run(settings: Settings, state: TrainingState) -> None:
+    """A resumed run may change where it reads and saves and how it validates, but nothing that the weights depend on."""
+    free = {"resume", "output", "data", "workers", "save_every", "threads", "init_from", "validation"}
+    before, now = state.progress["settings"], to_dict(settings)
+    for name in now:
+        if name not in free and before.get(name) != json.loads(json.dumps(now[name])):
+            raise ValueError(f"--resume: {name} was {before.get(name)!r} and is now {now[name]!r}")
+
+
+def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Sample]]:
+    """The batches of an epoch, over all processes."""
+    return plan_epoch(
+        data,
+        "train",
+        captions_per_image=settings.captions_per_image,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        epoch=epoch,
+    )
+
+
+def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
+    """The model with its provenance."""
+    packages = ("torch", "torchvision", "accelerate", "show-attend-tell")
+    about = {
+        "settings": to_dict(run.settings),
+        "data": {"source": run.data.source, "settings": run.data.settings},
+        "progress": dataclasses.asdict(run.progress),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    return Checkpoint(model, run.encoder, run.settings.decoder, run.data.vocabulary, about)
+
+
+def save_last(run: Run) -> None:
+    """Save the model and all that a resumed run needs, in one step."""
+    run.accelerator.wait_for_everyone()
+    if not run.accelerator.is_main_process:
+        return
+    tensors = {f"optimizer/{name}": x for name, x in optimizer_tensors(run.optimizer).items()}
+    if run.average is not None:
+        averages = {name: x.detach().cpu().clone() for name, x in run.average.state_dict().items()}
+        tensors |= {f"average/{name}": x for name, x in averages.items()}
+    state = {"progress": dataclasses.asdict(run.progress), "settings": to_dict(run.settings)}
+    folder = Path(run.settings.output) / "last"
+    save_checkpoint(folder, as_checkpoint(run, run.model), training=TrainingState(tensors, state))
+
+
+def say(run: Run, text: str) -> None:
+    """A line of the log, from the main process."""
+    if run.accelerator.is_main_process:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def curve(run: Run, name: str, value: float) -> None:
+    """A point of a TensorBoard curve, from the main process."""
+    if run.writer is not None:
+        run.writer.add_scalar(name, value, run.progress.step)

@@ -1,0 +1,218 @@
+"""The visible loop: settings in, a folder with the best and the last checkpoint out.
+
+Everything random in a step is seeded by (seed, step, process), and the order of an epoch by (seed, epoch): where a run
+stands is two numbers, and a run that was interrupted anywhere and resumed ends with the same bits.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from captioning.checkpoint import save_checkpoint
+from captioning.config import Settings
+from captioning.data import Batch, CaptionDataset, load_batches, shard
+from captioning.evaluate import caption_split
+from captioning.losses import doubly_stochastic_penalty, word_nll
+from captioning.metrics import score
+from captioning.optimization import learning_rate_factor, set_learning_rate
+from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start
+
+
+class Interrupted(Exception):  # noqa: N818  it is no error: the state was saved
+    """The run was asked to stop and has saved where it stands."""
+
+
+def train(settings: Settings) -> Path:
+    """Train a captioner; the run's folder then holds best/, last/, settings.json and tensorboard/.
+
+    Returns:
+        The best checkpoint's folder.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, data and checkpoints that do not fit together.
+        Interrupted: on SIGINT or SIGTERM, after the state was saved.
+    """
+    run = start(settings)
+    output = Path(settings.output)
+    with _stop_signals() as stop:
+        for epoch in range(run.progress.epoch, settings.epochs):
+            train_epoch(run, stop)
+            if (epoch + 1) % settings.validation.every == 0 or epoch + 1 == settings.epochs:
+                validate(run)
+            run.progress.epoch, run.progress.batch = epoch + 1, 0
+            save_last(run)
+            if settings.validation.patience and run.progress.without_gain >= settings.validation.patience:
+                say(run, f"no better CIDEr for {run.progress.without_gain} validations: stopping early")
+                break
+    if run.writer is not None:
+        run.writer.close()
+    run.accelerator.end_training()
+    return output / "best"
+
+
+def train_epoch(run: Run, stop: dict[str, bool]) -> None:
+    """The rest of the current epoch, step by step."""
+    settings, progress, accelerator = run.settings, run.progress, run.accelerator
+    batches = plan(settings, run.data, epoch=progress.epoch)[progress.batch :]
+    mine = shard(batches, accelerator.process_index, accelerator.num_processes)
+    dataset = CaptionDataset(run.data, image_size=run.encoder.image_size, augment=settings.augment)
+    loader = load_batches(
+        dataset, mine, captions_per_image=settings.captions_per_image, workers=min(settings.workers, len(mine))
+    )
+    bar = tqdm(
+        total=len(mine),
+        desc=f"epoch {progress.epoch + 1}/{settings.epochs}",
+        unit="step",
+        disable=not accelerator.is_main_process,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    run.wrapped.train()
+    began, waited, words_seen, loss_sum = time.perf_counter(), 0.0, 0, 0.0
+    for _ in range(len(mine)):
+        clock = time.perf_counter()
+        batch = next(loader)
+        waited += time.perf_counter() - clock
+        loss, words = train_step(run, batch)
+        progress.batch += 1
+        progress.step += 1
+        loss_sum, words_seen = loss_sum + loss * words, words_seen + words
+        elapsed = time.perf_counter() - began
+        bar.set_postfix_str(f"nll {loss_sum / words_seen:.3f}, {words_seen / elapsed:,.0f} words/s", refresh=False)
+        bar.update()
+        due = settings.save_every and progress.step % settings.save_every == 0
+        if due or asked_to_stop(run, stop):
+            save_last(run)
+        if stop["now"]:
+            bar.close()
+            raise Interrupted(f"stopped at step {progress.step}; go on with the same command and --resume true")
+    bar.close()
+    elapsed = time.perf_counter() - began
+    progress.seconds += elapsed
+    curve(run, "train/words_per_second", words_seen / elapsed)
+    curve(run, "train/share_waiting_for_data", waited / elapsed)
+    say(
+        run,
+        f"epoch {progress.epoch + 1}: nll {loss_sum / words_seen:.4f}, {words_seen / elapsed:,.0f} words/s, "
+        f"{elapsed:.0f} s, {waited / elapsed:.1%} of it waiting for data",
+    )
+
+
+def train_step(run: Run, batch: Batch) -> tuple[float, int]:
+    """Forward, backward, update: eq. 14 as means over the words and captions of all processes.
+
+    Returns:
+        NLL per word, and the number of words.
+    """
+    settings, accelerator, step = run.settings, run.accelerator, run.progress.step
+    torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
+    images, targets = (x.to(accelerator.device, non_blocking=True) for x in batch)
+    with accelerator.autocast():
+        output = run.wrapped(images, targets)
+    words, captions = output.mask.sum(), output.mask.any(dim=-1).sum()
+    if accelerator.num_processes > 1:  # means over all processes; their gradients are averaged, hence the factor
+        words, captions = accelerator.reduce(torch.stack([words, captions]).float()) / accelerator.num_processes
+    nll = word_nll(output.logits, output.targets, label_smoothing=settings.loss.label_smoothing).sum() / words
+    penalty = output.logits.new_zeros(())
+    if output.alphas is not None and settings.loss.lambda_ds:
+        penalty = doubly_stochastic_penalty(output.alphas, output.mask).sum() / captions
+    loss = nll + settings.loss.lambda_ds * penalty
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss is {loss.item()} at step {step}: lower optimizer.learning_rate or set clip_norm")
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.optimizer.clip_norm or float("inf"))
+    factor = learning_rate_factor(step, run.total_steps, settings.optimizer)
+    set_learning_rate(run.optimizer, factor)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.average is not None:
+        run.average.update_parameters(run.model)
+    if step % 10 == 0:
+        values = {"nll": nll, "penalty": penalty, "gradient_norm": norm, "learning_rate_factor": factor}
+        for name, value in values.items():
+            curve(run, f"train/{name}", float(value))
+    return float(nll), int(output.mask.sum())
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """One seed for everything random in a step of a process (dropout)."""
+    mixed = torch.Generator().manual_seed(seed * 1_000_003 + step * 1_009 + process)
+    return int(torch.randint(2**62, (1,), generator=mixed))
+
+
+def validate(run: Run) -> None:
+    """Caption the validation split freely and score it; keep the model if it is the best so far."""
+    options = run.settings.validation
+    indices = run.data.indices(options.split).tolist()[: options.images or None]
+    mine = indices[run.accelerator.process_index :: run.accelerator.num_processes]
+    began = time.perf_counter()
+    model = run.evaluated.eval()
+    found = caption_split(
+        model,
+        run.data,
+        mine,
+        run.data.vocabulary,
+        options.search,
+        batch_size=options.batch_size,
+        device=run.accelerator.device,
+    )
+    if run.accelerator.num_processes > 1:
+        found = dict(gather_object(list(found.items())))
+    references = {run.data.names[i]: run.data.references(i) for i in indices}
+    captions = {name: caption.text for name, caption in found.items()}
+    scores = score(captions, references, tokenizer="python", metrics=("BLEU", "ROUGE-L", "CIDEr"))
+    progress = run.progress
+    values = {name: round(value, 4) for name, value in scores.values.items()}
+    progress.history.append({"epoch": progress.epoch + 1, "step": progress.step, **values})
+    for name, value in values.items():
+        curve(run, f"val/{name}", value)
+    listing = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    say(
+        run,
+        f"epoch {progress.epoch + 1}: {options.split} {listing} (beam {options.search.beam_size}, "
+        f"{scores.tokenisation.split(',')[0]} tokens, {len(indices)} images, {time.perf_counter() - began:.0f} s)",
+    )
+    for i in indices[:: max(len(indices) // 3, 1)][:3]:
+        say(run, f"  {run.data.names[i]}: {captions[run.data.names[i]]}")
+    if values["CIDEr"] > progress.best:
+        progress.best, progress.best_epoch, progress.without_gain = values["CIDEr"], progress.epoch + 1, 0
+        if run.accelerator.is_main_process:
+            save_checkpoint(Path(run.settings.output) / "best", as_checkpoint(run, model))
+    else:
+        progress.without_gain += 1
+
+
+def asked_to_stop(run: Run, stop: dict[str, bool]) -> bool:
+    """Whether any process got a signal; all of them then stop at the same step."""
+    if run.accelerator.num_processes > 1:
+        flag: Tensor = torch.tensor(float(stop["now"]), device=run.accelerator.device)
+        stop["now"] = bool(run.accelerator.reduce(flag).item())
+    return stop["now"]
+
+
+@contextmanager
+def _stop_signals() -> Iterator[dict[str, bool]]:
+    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
+    stop = {"now": False}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        if stop["now"]:
+            raise KeyboardInterrupt
+        stop["now"] = True
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
