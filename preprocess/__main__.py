@@ -1,0 +1,164 @@
+"""`python -m preprocess SOURCE ... --output data.h5`: photos and captions -> one HDF5 file."""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from captioning.config import EncoderConfig, one_line
+from preprocess import sources
+from preprocess.build import BuildSettings, Summary, build, report_path
+
+_STORED = {"val_fraction", "test_fraction", "restval", "count"}
+"""Options of sources, besides their files, on which the content of the data file depends."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0, 2 for a mistake of the user (one line on standard error), 130 when interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        print(_report(_run(options), options.output))
+    except (ValueError, OSError) as error:
+        print(f"preprocess: error: {_as_options(one_line(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("preprocess: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(options: argparse.Namespace) -> Summary:
+    settings = BuildSettings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(BuildSettings)})
+    for path in _paths(options, "images"):
+        if not path.is_dir():
+            raise FileNotFoundError(f"--images {path}: no such folder")
+    if not options.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output {options.output}: its folder does not exist")
+    records = options.read(options)
+    encoder = None
+    if options.encoder is not None:
+        weights = None if options.weights == "null" else options.weights
+        encoder = EncoderConfig(name=options.encoder, layer=options.layer, grid=options.grid, weights=weights)
+    return build(
+        records[: options.limit],
+        _source(options),
+        settings,
+        output=options.output,
+        encoder=encoder,
+        device=options.device,
+        workers=options.workers,
+        overwrite=options.overwrite,
+    )
+
+
+def _paths(options: argparse.Namespace, name: str) -> list[Path]:
+    value = getattr(options, name, None) or []
+    return [value] if isinstance(value, Path) else value
+
+
+def _source(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the data come from: files by name and content, no folders, so that moved data give the same bytes."""
+    source: dict[str, Any] = {"name": options.source}
+    for name in ("captions", "json", "splits"):
+        files = [path for path in _paths(options, name) if path.is_file()]
+        if files:
+            source[name] = [path.name for path in files]
+            source[f"{name}_sha256"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return source | {name: value for name, value in sorted(vars(options).items()) if name in _STORED}
+
+
+def _report(summary: Summary, output: Path) -> str:
+    images = ", ".join(f"{split} {number}" for split, number in summary.images.items())
+    missing = f"{len(summary.dropped)} missing or broken"
+    if summary.dropped:
+        missing += f" (see {report_path(output)})"
+    return (
+        f"{output}: {sum(summary.images.values())} images ({images}), {summary.captions} captions, "
+        f"vocabulary {summary.words}, {missing}, {output.stat().st_size / 2**20:.1f} MiB, "
+        f"{summary.read} read in {summary.seconds:.0f} s ({summary.read / summary.seconds:.0f} images/s)"
+    )
+
+
+def _as_options(message: str) -> str:
+    """An error of the encoder, in the words of this command line."""
+    message = re.sub(r"(?:--)?encoder\.(weights|layer|grid)", r"--\1", message)
+    return message.replace("encoder.name=", "--encoder ")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="preprocess", description="Photos and captions -> one HDF5 file.")
+    commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    common = _common()
+    for name in ("flickr8k", "flickr30k"):
+        command = commands.add_parser(name, parents=[common], help=f"{name}'s caption file, photos and splits")
+        command.add_argument("--captions", type=Path, required=True, help="token file, results.csv or captions.txt")
+        command.add_argument("--images", type=Path, required=True, help="folder of the photos")
+        command.add_argument("--splits", type=Path, required=True, help="folder of split lists, or a Karpathy JSON")
+        command.set_defaults(read=lambda o: sources.flickr(o.captions, o.images, o.splits))
+    command = commands.add_parser("karpathy", parents=[common], help="dataset_{flickr8k,flickr30k,coco}.json")
+    command.add_argument("--json", type=Path, required=True, help="the Karpathy JSON")
+    command.add_argument("--images", type=Path, required=True, help="folder of the photos, or of val2014, train2014")
+    command.add_argument("--restval", choices=["train", "drop"], default="train", help="what the split restval becomes")
+    command.set_defaults(read=lambda o: sources.karpathy(o.json, o.images, restval=o.restval))
+    command = commands.add_parser("coco", parents=[common], help="COCO's captions_*.json, of one or several years")
+    command.add_argument("--captions", type=Path, nargs="+", required=True, help="captions_*.json, one or several")
+    command.add_argument("--images", type=Path, nargs="+", required=True, help="one folder, or one per --captions file")
+    command.add_argument(
+        "--splits", type=Path, help="split lists or a Karpathy JSON; default: the caption files' names"
+    )
+    command.add_argument("--restval", choices=["train", "drop"], default="train", help="what the split restval becomes")
+    command.set_defaults(read=lambda o: sources.coco(o.captions, o.images, o.splits, restval=o.restval))
+    command = commands.add_parser("folder", parents=[common], help="own photos with a CSV or JSONL file")
+    command.add_argument("--captions", type=Path, required=True, help=".csv or .jsonl: image, caption[, split]")
+    command.add_argument("--images", type=Path, required=True, help="folder below which the photos lie")
+    command.add_argument("--val-fraction", type=float, default=0.1, help="of the images, when there is no split")
+    command.add_argument("--test-fraction", type=float, default=0.1, help="of the images, when there is no split")
+    command.set_defaults(
+        read=lambda o: sources.folder(
+            o.captions, o.images, val_fraction=o.val_fraction, test_fraction=o.test_fraction, seed=o.seed
+        )
+    )
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--output", type=Path, required=True, help="the HDF5 file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output, and others' unfinished leftovers")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the square images, pixels")
+    parser.add_argument("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
+    parser.add_argument("--min-count", type=int, default=5, help="rarer words of the train split become <unk>")
+    parser.add_argument("--max-words", type=int, default=10_000, help="largest vocabulary")
+    parser.add_argument("--max-length", type=int, default=50, help="words of a caption that are trained on")
+    parser.add_argument("--max-missing", type=float, default=0.01, help="share of missing or broken images allowed")
+    parser.add_argument("--limit", type=int, help="take only so many images, the first of the source")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) - 1)), help="decoders")
+    group = parser.add_argument_group("annotation vectors instead of pixels")
+    group.add_argument("--encoder", metavar="NAME", help="a torchvision network, e.g. mobilenet_v2")
+    group.add_argument("--weights", default="DEFAULT", help="file, name of torchvision's weights, or null (random)")
+    group.add_argument("--layer", metavar="NODE", help="where the network is cut")
+    group.add_argument("--grid", type=int, help="or: by the side of the feature map")
+    group.add_argument("--batch-size", type=int, default=32, help="images that are encoded at a time")
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

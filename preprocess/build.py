@@ -1,0 +1,264 @@
+"""Records -> vocabulary (of the train split alone) -> one HDF5 file, resumable and atomic."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from tqdm import tqdm
+
+from captioning.config import EncoderConfig, Fit, to_dict
+from captioning.data import SPLITS
+from captioning.tokenization import tokenize
+from captioning.vocabulary import Vocabulary
+from preprocess.encode import Annotator, Pictures, decode
+from preprocess.sources import Record
+from preprocess.store import Captions, Network, Partial, write_file, write_whole
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a data file holds; stored in it.
+
+    Args:
+        image_size: side of the square images in pixels.
+        fit: how a photo becomes square: crop (shorter side, then the centre) or squash (both sides, aspect is lost).
+        min_count: words that occur less often in the train split become `<unk>`.
+        max_words: size of the vocabulary at most, the special words not counted.
+        max_length: words of a caption that are trained on; the rest is cut off. Raw captions are kept whole.
+        max_missing: share of the images that may be missing or broken.
+        batch_size: images that are encoded at a time.
+        precision: of the encoder: fp32, or bf16 matrix products.
+        seed: of everything random.
+    """
+
+    image_size: int = 224
+    fit: Fit = "crop"
+    min_count: int = 5
+    max_words: int = 10_000
+    max_length: int = 50
+    max_missing: float = 0.01
+    batch_size: int = 32
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "min_count", "max_words", "max_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+        if not 0 <= self.max_missing <= 1:
+            raise ValueError(f"max_missing must lie in [0, 1] (got {self.max_missing})")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative (got {self.seed})")
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An image that is listed but not in the file."""
+
+    name: str
+    file: str
+    reason: str
+
+
+class Summary(NamedTuple):
+    """What was built.
+
+    Args:
+        images: number per split.
+        captions: their number.
+        words: size of the vocabulary, special words included.
+        dropped: the missing and the broken.
+        read: images that this run read; fewer than all after an interruption.
+        seconds: that reading and encoding them took.
+    """
+
+    images: dict[str, int]
+    captions: int
+    words: int
+    dropped: list[Dropped]
+    read: int
+    seconds: float
+
+
+def build(
+    records: Sequence[Record],
+    source: dict[str, Any],
+    settings: BuildSettings,
+    *,
+    output: Path,
+    encoder: EncoderConfig | None = None,
+    device: str = "auto",
+    workers: int = 1,
+    overwrite: bool = False,
+) -> Summary:
+    """Make one data file. An interrupted build goes on where it stopped when it is called again with the same values.
+
+    Args:
+        records: what a source gave.
+        source: where they come from; stored in the file.
+        settings: stored too.
+        output: the HDF5 file. Until it is whole there is only the folder `OUTPUT.partial`.
+        encoder: store annotation vectors of this network instead of pixels; its image size and fit are the settings'.
+        device: of the encoder: auto, cpu or cuda.
+        workers: processes that decode photos; 0: this one.
+        overwrite: replace an existing output, and what another unfinished run left.
+
+    Raises:
+        ValueError: too many photos are missing or broken; the output is there; a setting does not fit.
+    """
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output {output}: is there already; give --overwrite to replace it")
+    limit = _Limit(len(records), settings.max_missing, output)
+    records, dropped = _sort_out(records)
+    limit.check(dropped)
+    annotator = _annotator(encoder, settings, device)
+    partial = Partial(
+        output.with_name(f"{output.name}.partial"),
+        _fingerprint(records, source, settings, annotator),
+        shape=annotator.shape if annotator else (settings.image_size, settings.image_size, 3),
+        dtype=np.float16 if annotator else np.uint8,
+        restart=overwrite,
+    )
+    before, began = partial.kept, time.monotonic()
+    for _ in _read_images(partial, records, settings, annotator, workers):
+        limit.check([*dropped, *_broken(partial, records)])
+    read, seconds = partial.kept - before, time.monotonic() - began
+    dropped += _broken(partial, records)
+    broken = {i for i, _ in partial.broken}
+    records = [record for i, record in enumerate(records) if i not in broken]
+    captions, vocabulary = _captions(records, settings)
+    whole = partial.folder / "whole.h5"
+    write_file(
+        whole,
+        partial,
+        records,
+        captions=captions,
+        vocabulary=vocabulary,
+        attributes={"source": source, "settings": to_dict(settings)},
+        network=Network(annotator.config, annotator.state, annotator.grid) if annotator else None,
+    )
+    limit.report(dropped)
+    os.replace(whole, output)
+    shutil.rmtree(partial.folder)
+    images = {split: sum(record.split == split for record in records) for split in SPLITS}
+    return Summary(images, len(captions.raw), len(vocabulary), dropped, read, seconds)
+
+
+class _Limit:
+    """How many images may be missing, and the file that names them."""
+
+    def __init__(self, total: int, share: float, output: Path):
+        self.total = total
+        self.share = share
+        self.output = output
+        self.file = report_path(output)
+
+    def check(self, dropped: Sequence[Dropped]) -> None:
+        """Raise when there are too many."""
+        if len(dropped) <= self.share * self.total and len(dropped) < self.total:
+            return
+        self.report(dropped)
+        raise ValueError(
+            f"{len(dropped)} of {self.total} images ({len(dropped) / self.total:.1%}) are missing or broken, "
+            f"e.g. {dropped[0].file}: {dropped[0].reason}; --max-missing allows {self.share:g}; "
+            f"{self.file} names them all"
+        )
+
+    def report(self, dropped: Sequence[Dropped]) -> None:
+        """Write the file, or remove an older one when nothing is missing."""
+        if not dropped:
+            self.file.unlink(missing_ok=True)
+            return
+        lines = [f"# {len(dropped)} of {self.total} images listed for {self.output.name} are missing or broken"]
+        lines += ["name\tfile\treason", *(f"{entry.name}\t{entry.file}\t{entry.reason}" for entry in dropped)]
+        write_whole(self.file, "\n".join(lines) + "\n")
+
+
+def report_path(output: Path) -> Path:
+    """The file that names the missing images of a data file."""
+    return output.with_name(f"{output.stem}.missing.txt")
+
+
+def _sort_out(records: Sequence[Record]) -> tuple[list[Record], list[Dropped]]:
+    """The records that have a file and a caption with a word in it, and the others. Opens no photo, so it is quick."""
+    found, dropped = [], []
+    for record in records:
+        captions = tuple(caption for caption in record.captions if tokenize(caption))
+        if isinstance(record.image, Path) and not record.image.is_file():
+            dropped.append(Dropped(record.name, str(record.image), "no such file"))
+        elif not captions:
+            dropped.append(Dropped(record.name, str(record.image), "none of its captions has a word in it"))
+        else:
+            found.append(dataclasses.replace(record, captions=captions))
+    return found, dropped
+
+
+def _broken(partial: Partial, records: Sequence[Record]) -> list[Dropped]:
+    return [Dropped(records[i].name, str(records[i].image), reason) for i, reason in partial.broken]
+
+
+def _annotator(encoder: EncoderConfig | None, settings: BuildSettings, device: str) -> Annotator | None:
+    if encoder is None:
+        return None
+    config = dataclasses.replace(encoder, image_size=settings.image_size, fit=settings.fit)
+    return Annotator(config, precision=settings.precision, device=device, seed=settings.seed)
+
+
+def _fingerprint(
+    records: Sequence[Record], source: dict[str, Any], settings: BuildSettings, annotator: Annotator | None
+) -> str:
+    """SHA-256 of everything that the bytes of the images depend on; the limit of missing ones may change."""
+    network = [to_dict(annotator.config), annotator.digest(), str(annotator.device)] if annotator else None
+    values = {**to_dict(settings), "max_missing": None}
+    sha = hashlib.sha256(json.dumps([source, values, network, torch.__version__, PIL.__version__]).encode())
+    for record in records:
+        stat = record.image.stat() if isinstance(record.image, Path) else None
+        state = (stat.st_size, stat.st_mtime_ns) if stat else ()
+        sha.update(repr((record.name, record.split, record.captions, str(record.image), state)).encode())
+    return sha.hexdigest()
+
+
+def _read_images(
+    partial: Partial, records: Sequence[Record], settings: BuildSettings, annotator: Annotator | None, workers: int
+) -> Iterator[None]:
+    """Fill the partial, batch by batch, from where it stands; yields before the first batch and after each.
+
+    A batch always holds the same records: the encoder's last bits may depend on what is encoded together.
+    """
+    size = settings.batch_size
+    batches = [range(i, min(i + size, len(records))) for i in range(0, len(records), size)]
+    pictures = Pictures(records, size=settings.image_size, fit=settings.fit)
+    done = partial.kept + len(partial.broken)
+    todo = batches[partial.batches :]
+    yield
+    with tqdm(total=len(records), initial=done, unit="image", disable=None) as bar:
+        for batch, (pixels, broken) in zip(todo, decode(pictures, todo, workers=workers), strict=True):
+            partial.append(annotator(pixels) if annotator and len(pixels) else pixels, broken)
+            bar.update(len(batch))
+            yield
+
+
+def _captions(records: Sequence[Record], settings: BuildSettings) -> tuple[Captions, Vocabulary]:
+    """The captions of all images, in the vocabulary of the train split's."""
+    tokens = [[tokenize(caption)[: settings.max_length] for caption in record.captions] for record in records]
+    train = (words for record, group in zip(records, tokens, strict=True) if record.split == "train" for words in group)
+    vocabulary = Vocabulary.build(train, min_count=settings.min_count, max_size=settings.max_words)
+    ids = [vocabulary.encode(words) for group in tokens for words in group]
+    captions = Captions(
+        first_caption=[0, *accumulate(len(group) for group in tokens)],
+        raw=[caption for record in records for caption in record.captions],
+        first_word=[0, *accumulate(len(words) for words in ids)],
+        words=[word for words in ids for word in words],
+    )
+    return captions, vocabulary

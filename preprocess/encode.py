@@ -1,0 +1,137 @@
+"""Images -> pixels -> annotation vectors: worker processes decode while the encoder runs."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from captioning.config import EncoderConfig, Fit, one_line
+from captioning.images import open_image, to_array, to_square
+from captioning.models.encoder import build_encoder
+from preprocess.sources import Record
+
+
+class Decoded(NamedTuple):
+    """A batch of images: the pixels (n, S, S, 3) uint8 of the whole ones, and why the others are not there."""
+
+    pixels: np.ndarray
+    broken: list[tuple[int, str]]
+
+
+class Pictures(Dataset[Decoded]):
+    """Reads the records of a range as squares of `size` pixels."""
+
+    def __init__(self, records: Sequence[Record], *, size: int, fit: Fit):
+        self.records = records
+        self.size = size
+        self.fit = fit
+
+    def __getitem__(self, numbers: range) -> Decoded:
+        arrays = []
+        broken = []
+        for i in numbers:
+            image = self.records[i].image
+            try:
+                whole = open_image(image) if isinstance(image, Path) else image.render(self.size)
+                arrays.append(to_array(to_square(whole, self.size, self.fit)))
+            except (ValueError, OSError) as error:
+                broken.append((i, one_line(error).removeprefix(f"{image}: ")))
+        return Decoded(np.stack(arrays) if arrays else np.zeros((0, self.size, self.size, 3), np.uint8), broken)
+
+
+def decode(pictures: Pictures, batches: Sequence[range], *, workers: int) -> Iterator[Decoded]:
+    """The batches in order, read ahead by `workers` processes (0: by this one).
+
+    Batches travel as numpy arrays through pipes: shared memory is scarce in containers.
+    """
+    loader = DataLoader(
+        pictures,
+        sampler=batches,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+class Annotator:
+    """A frozen encoder that turns pixels into float16 annotation vectors.
+
+    Args:
+        config: the encoder; what it leaves open is filled in.
+        precision: fp32, or bf16 matrix products.
+        device: auto, cpu, cuda or another of torch's.
+        seed: of the weights, when the config wants random ones.
+
+    Attributes:
+        config: as the data file stores it: everything resolved, of a weights file the name alone.
+        shape: (L, D) of one image's annotation vectors.
+        grid: (h, w), with h w = L.
+    """
+
+    def __init__(self, config: EncoderConfig, *, precision: Literal["fp32", "bf16"], device: str, seed: int):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder, resolved = build_encoder(dataclasses.replace(config, train_from=None))
+        self.state: dict[str, Tensor] = {k: v.detach().cpu() for k, v in encoder.network.state_dict().items()}
+        self.config = dataclasses.replace(resolved, weights=Path(config.weights).name if config.weights else None)
+        self.grid = encoder.grid
+        self.shape = (encoder.grid[0] * encoder.grid[1], encoder.dim)
+        self.device = _device(device)
+        self.encoder = encoder.to(self.device)
+        self.bf16 = precision == "bf16"
+
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        sha = hashlib.sha256()
+        for name, values in self.state.items():
+            sha.update(name.encode())
+            sha.update(values.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Annotation vectors (n, L, D) float16 of pixels (n, S, S, 3) uint8.
+
+        Raises:
+            ValueError: a value is too large for float16, or none at all.
+        """
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
+        with torch.inference_mode(), self._exact(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            a = self.encoder(images)
+        values = a.half()
+        if not values.isfinite().all():
+            raise ValueError(
+                f"encoder {self.config.name}, layer {self.config.layer}: its annotation vectors do not fit into "
+                f"float16 (largest {a.abs().max().item():.3g}, allowed 65504); take another layer or other weights"
+            )
+        return values.cpu().numpy()
+
+    def _exact(self) -> contextlib.AbstractContextManager[None]:
+        """On a GPU: the same input gives the same bits, and fp32 means fp32."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: allowed are auto, cpu and cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is there; take cpu")
+    return device

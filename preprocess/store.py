@@ -1,0 +1,216 @@
+"""What lies on the disk: the folder of an unfinished run, and the HDF5 file that is made from it in one pass.
+
+An HDF5 file that a killed process had open can be broken, and its bytes depend on when it was written to. So images go
+to a plain file of equal records first, with a journal of whole batches beside it; after a crash both are cut back to
+the last whole batch. The HDF5 file is written in one go from these, so its bytes know nothing of interruptions.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import h5py
+import numpy as np
+from torch import Tensor
+
+from captioning.config import EncoderConfig, to_dict
+from captioning.data import (
+    ANNOTATIONS,
+    ENCODER,
+    FIRST_CAPTION,
+    FIRST_WORD,
+    IMAGE_SPLIT,
+    NAMES,
+    PIXELS,
+    RAW,
+    SCHEMA,
+    SPLITS,
+    VOCABULARY,
+    WORDS,
+)
+from captioning.vocabulary import Vocabulary
+from preprocess.sources import Record
+
+
+class Partial:
+    """The folder `OUTPUT.partial`: finished batches of images, which a later run of the same command goes on with.
+
+    Args:
+        folder: made when it is not there.
+        key: fingerprint of the settings and records.
+        shape: of one image.
+        dtype: of its values.
+        restart: throw away what another command left instead of refusing.
+
+    Raises:
+        ValueError: another command left the folder.
+    """
+
+    def __init__(self, folder: Path, key: str, *, shape: tuple[int, ...], dtype: type[np.generic], restart: bool):
+        self.folder = folder
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.image_bytes = self.dtype.itemsize * int(np.prod(shape))
+        self.kept = 0
+        self.batches = 0
+        self.broken: list[tuple[int, str]] = []
+        self._images = folder / "images.bin"
+        self._journal = folder / "journal.jsonl"
+        self._claim(key, restart)
+        self._recover()
+
+    def _claim(self, key: str, restart: bool) -> None:
+        file = self.folder / "key"
+        if file.is_file() and file.read_text() != key:
+            if not restart:
+                raise ValueError(
+                    f"{self.folder}: left by a run with other settings, captions or photos; delete it, "
+                    "or start afresh with --overwrite"
+                )
+            shutil.rmtree(self.folder)
+        if not file.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            self._images.touch()
+            self._journal.touch()
+            write_whole(file, key)
+
+    def _recover(self) -> None:
+        """Count the batches that are whole, and cut off what came after them."""
+        size = self._images.stat().st_size
+        length = 0
+        for line in self._journal.read_bytes().splitlines(keepends=True):
+            entry = _entry(line)
+            if entry is None or (self.kept + entry["kept"]) * self.image_bytes > size:
+                break
+            length += len(line)
+            self._count(entry)
+        os.truncate(self._journal, length)
+        os.truncate(self._images, self.kept * self.image_bytes)
+
+    def _count(self, entry: dict[str, Any]) -> None:
+        self.batches += 1
+        self.kept += entry["kept"]
+        self.broken += [(int(i), str(reason)) for i, reason in entry["broken"]]
+
+    def append(self, images: np.ndarray, broken: Sequence[tuple[int, str]]) -> None:
+        """Add the next batch: its images, and the records that had none with the reason. It is on the disk after."""
+        entry = {"kept": len(images), "broken": [list(pair) for pair in broken]}
+        for path, content in ((self._images, images.tobytes()), (self._journal, json.dumps(entry).encode() + b"\n")):
+            with open(path, "ab") as file:
+                file.write(content)
+                _flush(file)
+        self._count(entry)
+
+    def blocks(self, size: int = 64) -> Iterator[np.ndarray]:
+        """All kept images, in order, some at a time."""
+        with open(self._images, "rb") as file:
+            for start in range(0, self.kept, size):
+                count = min(size, self.kept - start)
+                values = np.frombuffer(file.read(count * self.image_bytes), self.dtype)
+                yield values.reshape(count, *self.shape)
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal, if it was written whole."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file beside its name first, so that it is there whole or not at all."""
+    beside = path.with_name(f"{path.name}.part")
+    with open(beside, "wb") as file:
+        file.write(content.encode())
+        _flush(file)
+    os.replace(beside, path)
+
+
+class Captions(NamedTuple):
+    """The captions of all images in a row, and the words they are made of."""
+
+    first_caption: list[int]
+    raw: list[str]
+    first_word: list[int]
+    words: list[int]
+
+
+class Network(NamedTuple):
+    """What made the annotation vectors."""
+
+    config: EncoderConfig
+    state: dict[str, Tensor]
+    grid: tuple[int, int]
+
+
+def write_file(
+    path: Path,
+    partial: Partial,
+    records: Sequence[Record],
+    *,
+    captions: Captions,
+    vocabulary: Vocabulary,
+    attributes: dict[str, dict[str, Any]],
+    network: Network | None,
+) -> None:
+    """Write the HDF5 file of docs/data_formats.md, in one pass and always in the same order.
+
+    Args:
+        path: a new file.
+        partial: the images of the records.
+        records: what is stored, in order.
+        captions: their captions.
+        vocabulary: of the train split.
+        attributes: `source` and `settings`.
+        network: None when the images are pixels.
+    """
+    text = h5py.string_dtype("utf-8")
+    with h5py.File(path, "w") as file:
+        file.attrs["schema"] = SCHEMA
+        for name, values in attributes.items():
+            file.attrs[name] = json.dumps(values, ensure_ascii=False)
+        file.create_dataset(VOCABULARY, data=list(vocabulary.words), dtype=text)
+        file.create_dataset(NAMES, data=[record.name for record in records], dtype=text)
+        splits = [SPLITS.index(record.split) for record in records]
+        file.create_dataset(IMAGE_SPLIT, data=np.array(splits, np.uint8))
+        file.create_dataset(FIRST_CAPTION, data=np.array(captions.first_caption, np.int64))
+        file.create_dataset(RAW, data=captions.raw, dtype=text)
+        file.create_dataset(FIRST_WORD, data=np.array(captions.first_word, np.int64))
+        file.create_dataset(WORDS, data=np.array(captions.words, np.int32))
+        if network is not None:
+            _write_network(file, network)
+        _write_images(file, partial, network)
+    with open(path, "rb+") as whole:
+        os.fsync(whole.fileno())
+
+
+def _write_network(file: h5py.File, network: Network) -> None:
+    group = file.create_group(ENCODER)
+    group.attrs["config"] = json.dumps(to_dict(network.config))
+    for name, values in network.state.items():
+        group.create_dataset(name, data=values.numpy())
+
+
+def _write_images(file: h5py.File, partial: Partial, network: Network | None) -> None:
+    images = file.create_dataset(
+        PIXELS if network is None else ANNOTATIONS,
+        shape=(partial.kept, *partial.shape),
+        dtype=partial.dtype,
+        chunks=(1, *partial.shape),
+    )
+    if network is not None:
+        images.attrs["grid"] = np.array(network.grid, np.int64)
+    start = 0
+    for block in partial.blocks():
+        images[start : start + len(block)] = block
+        start += len(block)
