@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import signal
@@ -14,7 +15,10 @@ from typing import Any
 from captioning.config import EncoderConfig, one_line
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
+from preprocess.shapes import Scene, instances
+from preprocess.sources import Record
 
+_HELP = argparse.ArgumentDefaultsHelpFormatter
 _STORED = {"val_fraction", "test_fraction", "restval", "count"}
 """Options of sources, besides their files, on which the content of the data file depends."""
 
@@ -26,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, 2 for a mistake of the user (one line on standard error), 130 when interrupted.
     """
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         print(_report(_run(options), options.output))
     except (ValueError, OSError) as error:
@@ -44,18 +47,24 @@ def _interrupt(*_: Any) -> None:
 
 def _run(options: argparse.Namespace) -> Summary:
     settings = BuildSettings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(BuildSettings)})
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1 (got {options.limit})")
     for path in _paths(options, "images"):
         if not path.is_dir():
             raise FileNotFoundError(f"--images {path}: no such folder")
     if not options.output.absolute().parent.is_dir():
         raise FileNotFoundError(f"--output {options.output}: its folder does not exist")
-    records = options.read(options)
+    records = options.read(options)[: options.limit]
+    companions = {}
+    if options.source == "shapes":
+        records[0].image.render(settings.image_size)  # a picture too small to draw is refused now
+        companions[options.output.with_suffix(".instances.json")] = lambda: _instances(records, settings.image_size)
     encoder = None
     if options.encoder is not None:
         weights = None if options.weights == "null" else options.weights
         encoder = EncoderConfig(name=options.encoder, layer=options.layer, grid=options.grid, weights=weights)
     return build(
-        records[: options.limit],
+        records,
         _source(options),
         settings,
         output=options.output,
@@ -63,7 +72,14 @@ def _run(options: argparse.Namespace) -> Summary:
         device=options.device,
         workers=options.workers,
         overwrite=options.overwrite,
+        companions=companions,
     )
+
+
+def _instances(records: Sequence[Record], size: int) -> str:
+    """The masks of all things in the drawn scenes, in COCO's format."""
+    scenes = [record.image for record in records if isinstance(record.image, Scene)]
+    return json.dumps(instances(scenes, size, file_names=[record.name for record in records]))
 
 
 def _paths(options: argparse.Namespace, name: str) -> list[Path]:
@@ -103,19 +119,36 @@ def _as_options(message: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="preprocess", description="Photos and captions -> one HDF5 file.")
     commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
-    common = _common()
+    for add in (_add_flickr, _add_karpathy, _add_coco, _add_folder, _add_shapes):
+        add(commands)
+    return parser
+
+
+def _add_flickr(commands: Any) -> None:
     for name in ("flickr8k", "flickr30k"):
-        command = commands.add_parser(name, parents=[common], help=f"{name}'s caption file, photos and splits")
+        command = commands.add_parser(
+            name, parents=[_common()], formatter_class=_HELP, help=f"{name}'s caption file, photos and splits"
+        )
         command.add_argument("--captions", type=Path, required=True, help="token file, results.csv or captions.txt")
         command.add_argument("--images", type=Path, required=True, help="folder of the photos")
         command.add_argument("--splits", type=Path, required=True, help="folder of split lists, or a Karpathy JSON")
         command.set_defaults(read=lambda o: sources.flickr(o.captions, o.images, o.splits))
-    command = commands.add_parser("karpathy", parents=[common], help="dataset_{flickr8k,flickr30k,coco}.json")
+
+
+def _add_karpathy(commands: Any) -> None:
+    command = commands.add_parser(
+        "karpathy", parents=[_common()], formatter_class=_HELP, help="dataset_{flickr8k,flickr30k,coco}.json"
+    )
     command.add_argument("--json", type=Path, required=True, help="the Karpathy JSON")
     command.add_argument("--images", type=Path, required=True, help="folder of the photos, or of val2014, train2014")
     command.add_argument("--restval", choices=["train", "drop"], default="train", help="what the split restval becomes")
     command.set_defaults(read=lambda o: sources.karpathy(o.json, o.images, restval=o.restval))
-    command = commands.add_parser("coco", parents=[common], help="COCO's captions_*.json, of one or several years")
+
+
+def _add_coco(commands: Any) -> None:
+    command = commands.add_parser(
+        "coco", parents=[_common()], formatter_class=_HELP, help="COCO's captions_*.json, of one or several years"
+    )
     command.add_argument("--captions", type=Path, nargs="+", required=True, help="captions_*.json, one or several")
     command.add_argument("--images", type=Path, nargs="+", required=True, help="one folder, or one per --captions file")
     command.add_argument(
@@ -123,17 +156,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--restval", choices=["train", "drop"], default="train", help="what the split restval becomes")
     command.set_defaults(read=lambda o: sources.coco(o.captions, o.images, o.splits, restval=o.restval))
-    command = commands.add_parser("folder", parents=[common], help="own photos with a CSV or JSONL file")
+
+
+def _add_folder(commands: Any) -> None:
+    command = commands.add_parser(
+        "folder", parents=[_common()], formatter_class=_HELP, help="own photos with a CSV or JSONL file"
+    )
     command.add_argument("--captions", type=Path, required=True, help=".csv or .jsonl: image, caption[, split]")
     command.add_argument("--images", type=Path, required=True, help="folder below which the photos lie")
-    command.add_argument("--val-fraction", type=float, default=0.1, help="of the images, when there is no split")
-    command.add_argument("--test-fraction", type=float, default=0.1, help="of the images, when there is no split")
-    command.set_defaults(
-        read=lambda o: sources.folder(
-            o.captions, o.images, val_fraction=o.val_fraction, test_fraction=o.test_fraction, seed=o.seed
-        )
+    command.add_argument("--val-fraction", type=float, default=0.1, help="of the images, when the file has no splits")
+    command.add_argument("--test-fraction", type=float, default=0.1, help="of the images, when the file has no splits")
+    command.set_defaults(read=_read_folder)
+
+
+def _read_folder(options: argparse.Namespace) -> list[Record]:
+    shares = {"val_fraction": options.val_fraction, "test_fraction": options.test_fraction}
+    return sources.folder(options.captions, options.images, seed=options.seed, **shares)
+
+
+def _add_shapes(commands: Any) -> None:
+    command = commands.add_parser(
+        "shapes", parents=[_common()], formatter_class=_HELP, help="a made world of coloured shapes, with masks"
     )
-    return parser
+    command.add_argument("--count", type=int, required=True, help="number of pictures")
+    command.set_defaults(read=lambda o: sources.shapes(o.count, seed=o.seed), image_size=64, min_count=1)
 
 
 def _common() -> argparse.ArgumentParser:
@@ -155,10 +201,11 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument("--layer", metavar="NODE", help="where the network is cut")
     group.add_argument("--grid", type=int, help="or: by the side of the feature map")
     group.add_argument("--batch-size", type=int, default=32, help="images that are encoded at a time")
-    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

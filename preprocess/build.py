@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -101,6 +101,7 @@ def build(
     device: str = "auto",
     workers: int = 1,
     overwrite: bool = False,
+    companions: Mapping[Path, Callable[[], str]] | None = None,
 ) -> Summary:
     """Make one data file. An interrupted build goes on where it stopped when it is called again with the same values.
 
@@ -113,6 +114,7 @@ def build(
         device: of the encoder: auto, cpu or cuda.
         workers: processes that decode photos; 0: this one.
         overwrite: replace an existing output, and what another unfinished run left.
+        companions: text files that belong to the output; they are there before it is.
 
     Raises:
         ValueError: too many photos are missing or broken; the output is there; a setting does not fit.
@@ -148,6 +150,8 @@ def build(
         attributes={"source": source, "settings": to_dict(settings)},
         network=Network(annotator.config, annotator.state, annotator.grid) if annotator else None,
     )
+    for path, content in (companions or {}).items():
+        write_whole(path, content())
     limit.report(dropped)
     os.replace(whole, output)
     shutil.rmtree(partial.folder)
@@ -169,10 +173,10 @@ class _Limit:
         if len(dropped) <= self.share * self.total and len(dropped) < self.total:
             return
         self.report(dropped)
+        allowed = f"more than --max-missing {self.share:g} allows" if len(dropped) < self.total else "nothing is left"
         raise ValueError(
             f"{len(dropped)} of {self.total} images ({len(dropped) / self.total:.1%}) are missing or broken, "
-            f"e.g. {dropped[0].file}: {dropped[0].reason}; --max-missing allows {self.share:g}; "
-            f"{self.file} names them all"
+            f"{allowed}; e.g. {dropped[0].file}: {dropped[0].reason}; {self.file} names them all"
         )
 
     def report(self, dropped: Sequence[Dropped]) -> None:

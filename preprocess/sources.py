@@ -29,6 +29,8 @@ from preprocess.readers import (
     split_in_name,
     text,
 )
+from preprocess.shapes import make_scene
+from preprocess.shapes_grammar import describe
 
 
 @runtime_checkable
@@ -165,6 +167,23 @@ def folder(
     for (name, lines), split in zip(captions_of.items(), drawn, strict=True):
         records += _record(name, split_of[name] or split, lines, images / name)
     return _checked(records, f"{captions}: has no rows")
+
+
+def shapes(count: int, *, seed: int = 0) -> list[Record]:
+    """The made world: of ten scenes in a row, eight are train, one is val and one test.
+
+    Args:
+        count: number of scenes.
+        seed: of the world; the same seed gives the same scenes, and more of them with a larger count.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1 (got {count})")
+    records = []
+    for i in range(count):
+        scene = make_scene(seed, i)
+        split = {8: "val", 9: "test"}.get(i % 10, "train")
+        records.append(Record(f"{i:06d}.png", split, describe(scene, [seed, i, 1]), scene))
+    return records
 
 
 def _record(name: str, split: str, captions: Iterable[str], image: Path) -> list[Record]:
