@@ -279,7 +279,7 @@ def from_dict(kind: type[T], values: Any, where: str) -> T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", type=kind)
     try:
-        return parser.instantiate_classes(parser.parse_object({"config": values})).config
+        return parser.instantiate(parser.parse_object({"config": values})).config
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(f"{where}: {one_line(error)}") from error
 
@@ -330,7 +330,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]
     parser = settings_parser()
     try:
-        values = parser.instantiate_classes(parser.parse_args(words)).as_dict()
+        values = parser.instantiate(parser.parse_args(words)).as_dict()
     except (ArgumentError, TypeError) as error:
         raise ValueError(one_line(error)) from error
     values.pop("config", None)

@@ -13,7 +13,7 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 class Box(NamedTuple):

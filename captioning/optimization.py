@@ -1,7 +1,8 @@
 """The optimiser, its schedule and the moving average of the weights: settings in, state that can be saved out."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 from captioning.config import OptimizerConfig
 from captioning.models.captioner import CaptioningModel
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "rmsprop": RMSprop}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": partial(Adam, fused=True),  # one pass over the weights; the default makes a dozen on the CPU
+    "adamw": partial(AdamW, fused=True),
+    "rmsprop": RMSprop,
+}
 
 
 def build_optimizer(model: CaptioningModel, config: OptimizerConfig) -> Optimizer:
@@ -25,7 +30,7 @@ def build_optimizer(model: CaptioningModel, config: OptimizerConfig) -> Optimize
             if parameters:
                 decay = config.weight_decay if decayed else 0.0
                 groups.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
-    return OPTIMIZERS[config.name](groups)  # type: ignore[call-arg]
+    return OPTIMIZERS[config.name](groups)
 
 
 def learning_rate_factor(step: int, total: int, config: OptimizerConfig) -> float:

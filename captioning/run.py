@@ -164,7 +164,7 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
 
 
 def check_same_run(settings: Settings, state: TrainingState) -> None:
-    """A resumed run may change where it reads and saves and how it validates, but nothing that the weights depend on."""
+    """A resumed run may change where it reads and saves and how it validates, but not what the weights depend on."""
     free = {"resume", "output", "data", "workers", "save_every", "threads", "init_from", "validation"}
     before, now = state.progress["settings"], to_dict(settings)
     for name in now:
@@ -187,8 +187,11 @@ def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Samp
 def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
     """The model with its provenance."""
     packages = ("torch", "torchvision", "accelerate", "show-attend-tell")
+    settings = to_dict(run.settings)
+    for owner, name in ((settings, "data"), (settings, "output"), (settings["encoder"], "weights")):
+        owner[name] = owner[name] and Path(owner[name]).name  # a checkpoint travels: folders of this machine stay here
     about = {
-        "settings": to_dict(run.settings),
+        "settings": settings,
         "data": {"source": run.data.source, "settings": run.data.settings},
         "progress": dataclasses.asdict(run.progress),
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -136,10 +136,10 @@ def train_step(run: Run, batch: Batch) -> tuple[float, int]:
     if run.average is not None:
         run.average.update_parameters(run.model)
     if step % 10 == 0:
-        values = {"nll": nll, "penalty": penalty, "gradient_norm": norm, "learning_rate_factor": factor}
+        values = {"nll": nll.detach(), "penalty": penalty.detach(), "gradient_norm": norm, "learning_rate_factor": factor}
         for name, value in values.items():
             curve(run, f"train/{name}", float(value))
-    return float(nll), int(output.mask.sum())
+    return nll.item(), int(output.mask.sum())
 
 
 def step_seed(seed: int, step: int, process: int) -> int:

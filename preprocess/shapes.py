@@ -27,7 +27,7 @@ COLOURS = {
     "pink": (250, 150, 194),
     "black": (46, 49, 60),
 }
-RADII = {"small": (0.090, 0.105), "large": (0.170, 0.185)}  # lowest and highest radius of the circle around a thing
+RADII = {"small": (0.110, 0.120), "large": (0.180, 0.190)}  # lowest and highest radius of the circle around a thing
 BACKGROUNDS = {  # tints at the top and at the bottom of the picture
     "cream": ((253, 249, 240), (245, 236, 220)),
     "sky": ((241, 247, 253), (222, 234, 246)),

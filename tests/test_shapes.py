@@ -23,10 +23,10 @@ SENTENCES = [(sentence, scene) for index, scene in enumerate(SCENES) for sentenc
 # Two small red circles above each other on the left, a large blue square in the top right, a small red star below it.
 BY_HAND = Scene(
     (
-        Thing("circle", "red", "small", x=0.20, y=0.20, radius=0.1),
-        Thing("circle", "red", "small", x=0.25, y=0.80, radius=0.1),
+        Thing("circle", "red", "small", x=0.20, y=0.20, radius=0.11),
+        Thing("circle", "red", "small", x=0.25, y=0.80, radius=0.11),
         Thing("square", "blue", "large", x=0.78, y=0.25, radius=0.18),
-        Thing("star", "red", "small", x=0.80, y=0.75, radius=0.1),
+        Thing("star", "red", "small", x=0.80, y=0.75, radius=0.11),
     ),
 )
 some_index = st.integers(0, 10_000)
@@ -100,8 +100,8 @@ def test_things_of_one_kind_and_colour_have_one_size():
         ({"kind": "ring"}, "kind='ring' is not one of circle, square"),
         ({"colour": "orange"}, "colour='orange' is not one of red, yellow"),
         ({"size": "huge"}, "size='huge' is not one of small, large"),
-        ({"radius": 0.2}, r"radius=0.2 of a small thing must lie in 0.09..0.105"),
-        ({"x": 0.05}, "x=0.05 puts a thing of radius 0.1 outside the picture"),
+        ({"radius": 0.2}, r"radius=0.2 of a small thing must lie in 0.11..0.12"),
+        ({"x": 0.05}, "x=0.05 puts a thing of radius 0.11 outside the picture"),
         ({"y": math.nan}, "y=nan puts a thing"),
         ({"angle": 1.0}, "angle=1.0 must lie in -0.15..0.15"),
     ],

@@ -1,0 +1,182 @@
+"""Caption photos and show where each word looked.
+
+    python caption.py photo.jpg --overlay overlays/
+    python caption.py photos/ 'more/*.png' --checkpoint runs/x/best --beam-size 5 --json captions.json
+
+Standard output has one line per photo: its path, a tab, the caption.
+"""
+
+import argparse
+import dataclasses
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captioning import Caption, Captioner, load_captioner
+from captioning.checkpoint import fresh_file
+from captioning.config import SearchConfig
+from captioning.images import EXTENSIONS, open_image, to_array
+
+
+def image_files(arguments: Sequence[str]) -> list[Path]:
+    """Files, the image files of folders, and what globs match; each once, in the order given.
+
+    Raises:
+        FileNotFoundError: an argument names nothing.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+            if not files:
+                raise FileNotFoundError(f"{argument}: no image files in this folder ({' '.join(sorted(EXTENSIONS))})")
+        elif path.exists():
+            files = [path]
+        else:
+            files = [Path(p) for p in sorted(glob.glob(argument, recursive=True)) if Path(p).is_file()]
+            if not files:
+                raise FileNotFoundError(f"{argument}: no such file, folder or match")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def captions_of(
+    captioner: Captioner, files: Sequence[Path], batch_size: int, options: dict[str, Any]
+) -> Iterator[tuple[Path, Caption | Exception]]:
+    """The caption of every file; for a file that cannot be read, the reason instead."""
+    for start in range(0, len(files), batch_size):
+        opened: list[tuple[Path, Any]] = []
+        for path in files[start : start + batch_size]:
+            try:
+                opened.append((path, open_image(path)))
+            except (ValueError, OSError) as error:
+                opened.append((path, error))
+        photos = [photo for _, photo in opened if not isinstance(photo, Exception)]
+        captions = iter(captioner.caption(photos, batch_size=batch_size, **options))
+        for path, photo in opened:
+            yield path, photo if isinstance(photo, Exception) else next(captions)
+
+
+def as_json(path: Path, caption: Caption) -> dict[str, Any]:
+    """A caption as JSON values; `alphas` are rounded to five digits."""
+    values = dataclasses.asdict(dataclasses.replace(caption, alternatives=()))
+    values["alphas"] = None if caption.alphas is None else caption.alphas.round(5).tolist()
+    values["betas"] = None if caption.betas is None else caption.betas.round(5).tolist()
+    values["box"] = caption.box._asdict()
+    alternatives = [{"text": c.text, "score": c.score} for c in caption.alternatives]
+    return {"image": str(path), **values, "alternatives": alternatives}
+
+
+def write_overlay(path: Path, caption: Caption, folder: Path, taken: set[str]) -> Path:
+    """Draw the per-word attention on the photo; two photos of one name get two files."""
+    from captioning.visualize import overlay
+
+    name = f"{path.stem}.png"
+    for number in range(2, len(taken) + 3):
+        if name not in taken:
+            break
+        name = f"{path.stem}-{number}.png"
+    taken.add(name)
+    figure, _ = overlay(
+        to_array(open_image(path)),
+        caption.words,
+        caption.alphas,
+        box=caption.box,
+        betas=caption.betas,
+        log_probs=caption.log_probs,
+        title=caption.text,
+    )
+    with fresh_file(folder / name) as partial:
+        figure.savefig(partial, format="png")
+    return folder / name
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = argparse.ArgumentParser(prog="caption.py", description="Caption photos and show where each word looked.")
+    parse.add_argument("images", nargs="+", help="image files, folders, globs")
+    parse.add_argument("--checkpoint", default="flickr8k-soft", help="folder, run, or name of a pretrained one")
+    parse.add_argument("--beam-size", type=int, default=5)
+    parse.add_argument("--num-captions", type=int, default=1, help="print the N best, one per line")
+    parse.add_argument("--max-length", type=int, default=30)
+    parse.add_argument("--length-penalty", type=float, default=0.0)
+    parse.add_argument("--no-repeat-ngram", type=int, default=0)
+    parse.add_argument("--sample", action="store_true", help="draw captions at random instead of searching")
+    parse.add_argument("--temperature", type=float, default=1.0)
+    parse.add_argument("--top-k", type=int, default=0)
+    parse.add_argument("--top-p", type=float, default=1.0)
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument("--overlay", metavar="DIR", help="write each photo's per-word attention here, as PNG")
+    parse.add_argument("--json", metavar="FILE", help="write everything, attention included; - is standard output")
+    parse.add_argument("--words", action="store_true", help="also print each word's log-probability, gate and place")
+    parse.add_argument("--batch-size", type=int, default=16)
+    parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parse
+
+
+def run(options: argparse.Namespace) -> int:
+    """Caption every file; 2 if one of them could not be read."""
+    files = image_files(options.images)
+    captioner = load_captioner(options.checkpoint, device=options.device)
+    if options.overlay:
+        Path(options.overlay).mkdir(parents=True, exist_ok=True)
+    fields = [field.name for field in dataclasses.fields(SearchConfig)]
+    search = {name: getattr(options, name) for name in [*fields, "seed"]}
+    lines = sys.stderr if options.json == "-" else sys.stdout
+    results, unread, taken = [], 0, set[str]()
+    for path, caption in captions_of(captioner, files, options.batch_size, search):
+        if isinstance(caption, Exception):
+            print(f"caption: {caption}", file=sys.stderr)
+            unread += 1
+            continue
+        for each in (caption, *caption.alternatives):
+            print(f"{path}\t{each.text}{'' if each.finished else ' ...'}", file=lines)
+        if options.words:
+            print_words(caption, lines)
+        if options.overlay:
+            print(f"{path}: {write_overlay(path, caption, Path(options.overlay), taken)}", file=sys.stderr)
+        if options.json:
+            results.append(as_json(path, caption))
+    if options.json == "-":
+        print(json.dumps(results))
+    elif options.json:
+        with fresh_file(Path(options.json)) as partial:
+            partial.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    return 2 if unread else 0
+
+
+def print_words(caption: Caption, lines: Any) -> None:
+    """One line per word: log p, the gate, and the cell that it looked at most."""
+    for t, word in enumerate(caption.words):
+        line = f"  {word:<16} log p {caption.log_probs[t]:7.3f}"
+        if caption.betas is not None:
+            line += f"   beta {caption.betas[t]:.2f}"
+        if caption.alphas is not None:
+            _, rows, columns = caption.alphas.shape
+            row, column = divmod(int(caption.alphas[t].argmax()), columns)
+            line += f"   looked most at row {row + 1} of {rows}, column {column + 1} of {columns}"
+            line += f" ({caption.alphas[t].max():.0%})"
+        print(line, file=lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 after a mistake, which it says in one line."""
+    try:
+        return run(parser().parse_args(arguments))
+    except (ValueError, OSError) as error:
+        print(f"caption: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.close(sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

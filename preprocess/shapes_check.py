@@ -1,0 +1,152 @@
+"""Whether captions of the made world are true of their pictures, and whether attention lies on what is named.
+
+python -m preprocess.shapes_check --checkpoint runs/shapes/best --data shapes.h5 --split val
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from captioning.api import checkpoint_folder
+from captioning.checkpoint import load_checkpoint, read_json
+from captioning.config import SearchConfig
+from captioning.data import SPLITS, CaptionData
+from captioning.evaluate import SplitCaption, caption_split
+from preprocess.shapes import Scene, scene_from_dict
+from preprocess.shapes_grammar import is_true, mentions, parse
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Args:
+        sentences: captions that were checked.
+        parsed: of them, those that the grammar can read.
+        true: of them, those that hold: every named object, colour, size, count, place and relation.
+        nouns: words of true sentences that name things.
+        mass: mean share of the attention at these words that lies on the named things' masks.
+        area: mean share of the picture that those masks cover; what uniform attention would give.
+        hits: share of these words whose most attended cell touches the named things.
+    """
+
+    sentences: int
+    parsed: int
+    true: int
+    nouns: int
+    mass: float | None
+    area: float | None
+    hits: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """How much more attention the named things get than their area would."""
+        return self.mass / self.area if self.mass is not None and self.area else None
+
+
+def check(captions: dict[str, SplitCaption], grid: tuple[int, int], instances: dict[str, Any]) -> Report:
+    """Check captions against the scenes and masks of an `instances.json`.
+
+    Args:
+        captions: by the picture's name.
+        grid: (h, w) of the attention.
+        instances: as `shapes.instances` makes it.
+    """
+    images = {image["file_name"]: image for image in instances["images"]}
+    masks: dict[int, list[NDArray[np.bool_]]] = {}
+    for annotation in instances["annotations"]:
+        mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
+        masks.setdefault(annotation["image_id"], []).append(mask)
+    parsed = true = 0
+    looks: list[tuple[float, float, bool]] = []
+    for name, caption in captions.items():
+        scene: Scene = scene_from_dict(images[name]["scene"])
+        statement = parse(caption.text)
+        parsed += statement is not None
+        if statement is None or not is_true(statement, scene):
+            continue
+        true += 1
+        alphas = caption.hypothesis.alphas
+        if alphas is None:
+            continue
+        for mention in mentions(statement, scene):
+            mask = np.any([masks[images[name]["id"]][thing] for thing in mention.things], axis=0)
+            alpha = alphas[mention.word].float().cpu().numpy().reshape(grid)
+            looks.append((*mass_and_area(alpha, mask), _touches(alpha, mask)))
+    mass, area, hits = np.mean(looks, axis=0).tolist() if looks else (None, None, None)
+    return Report(len(captions), parsed, true, len(looks), mass, area, hits)
+
+
+def mass_and_area(alpha: NDArray[np.floating], mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """The share of the attention (h, w) inside a mask (H, W), each cell's weight spread evenly over its pixels.
+
+    Returns:
+        That share, and the mask's share of the picture.
+    """
+    h, w = alpha.shape
+    covered = mask.reshape(h, mask.shape[0] // h, w, mask.shape[1] // w).mean(axis=(1, 3))
+    return float((alpha * covered).sum()), float(mask.mean())
+
+
+def _touches(alpha: NDArray[np.floating], mask: NDArray[np.bool_]) -> bool:
+    peak = np.zeros_like(alpha)
+    peak.flat[alpha.argmax()] = 1.0
+    return mass_and_area(peak, mask)[0] > 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 after a mistake, which it says in one line."""
+    parser = argparse.ArgumentParser(prog="python -m preprocess.shapes_check", description=__doc__)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data", required=True, type=Path, help="made by python -m preprocess shapes")
+    parser.add_argument("--split", choices=SPLITS, default="val")
+    parser.add_argument("--beam-size", type=int, default=3)
+    parser.add_argument("--show", type=int, default=3, help="false sentences to print")
+    options = parser.parse_args(arguments)
+    try:
+        checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
+        if data.image_shape[0] % checkpoint.model.encoder.grid[0]:
+            raise ValueError(
+                f"{options.data}: its {data.image_shape[0]} pixels are no multiple of the attention's grid"
+            )
+        instances = read_json(options.data.with_suffix(".instances.json"))
+        search = SearchConfig(beam_size=options.beam_size)
+        indices = data.indices(options.split).tolist()
+        captions = caption_split(checkpoint.model, data, indices, checkpoint.vocabulary, search)
+        report = check(captions, checkpoint.model.encoder.grid, instances)
+    except (ValueError, OSError) as error:
+        print(f"shapes_check: {error}", file=sys.stderr)
+        return 2
+    for name, text in false_ones(captions, instances)[: options.show]:
+        print(f"false: {name}: {text}")
+    print(f"{report.true} of {report.sentences} sentences are true ({report.true / report.sentences:.1%})")
+    if report.ratio is not None:
+        print(
+            f"{report.nouns} nouns: {report.mass:.1%} of the attention on the named things, which cover "
+            f"{report.area:.1%}: {report.ratio:.2f} times; the peak touches them at {report.hits:.1%}"
+        )
+    print(json.dumps({**asdict(report), "ratio": report.ratio, "split": options.split, "beam_size": options.beam_size}))
+    return 0
+
+
+def false_ones(captions: dict[str, SplitCaption], instances: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and captions of the pictures whose caption is not true."""
+    scenes = {image["file_name"]: image["scene"] for image in instances["images"]}
+    found = []
+    for name, caption in captions.items():
+        statement = parse(caption.text)
+        if statement is None or not is_true(statement, scene_from_dict(scenes[name])):
+            found.append((name, caption.text))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
