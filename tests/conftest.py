@@ -4,9 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 install_import_hook(["captioning", "preprocess"], "beartype.beartype")
+
+from captioning.checkpoint import Checkpoint, build_model, save_checkpoint  # noqa: E402  hooked imports come after
+from captioning.config import DecoderConfig, EncoderConfig  # noqa: E402
+from captioning.data import CaptionData  # noqa: E402
+from preprocess.build import BuildSettings, build  # noqa: E402
+from preprocess.sources import shapes  # noqa: E402
+
+TINY_ENCODER = EncoderConfig(name="resnet18", layer="layer2", weights=None, image_size=32)
+TINY_DECODER = DecoderConfig(embedding_dim=12, hidden_dim=16, attention_dim=8, dropout=0.1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -22,3 +32,38 @@ def shared() -> Callable[..., Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data file with the pixels of 40 scenes of the shapes world at 32 px: 32 train, 4 val, 4 test."""
+    return _build_shapes(tmp_path_factory.mktemp("data") / "pixels.h5", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same scenes as `tiny_data`, stored as annotation vectors (16, 128) of TINY_ENCODER."""
+    return _build_shapes(tmp_path_factory.mktemp("data") / "annotations.h5", TINY_ENCODER)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_annotations: Path) -> Path:
+    """The folder of an untrained model on a 4x4 grid, with the vocabulary and the encoder of `tiny_annotations`."""
+    data = CaptionData(tiny_annotations)
+    assert data.encoder is not None
+    torch.manual_seed(2)
+    model, encoder = build_model(data.encoder, TINY_DECODER, len(data.vocabulary), encoder_state=data.encoder_state())
+    with torch.no_grad():  # far from zero its words differ from image to image; some captions end and some do not
+        for parameter in model.decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_checkpoint(folder, Checkpoint(model, encoder, TINY_DECODER, data.vocabulary, {"about": "untrained"}))
+    return folder
+
+
+def _build_shapes(output: Path, encoder: EncoderConfig | None) -> Path:
+    settings = BuildSettings(image_size=TINY_ENCODER.image_size, min_count=1)
+    source = {"name": "shapes", "count": 40, "seed": 0}
+    build(shapes(40, seed=0), source, settings, output=output, encoder=encoder, device="cpu", workers=0)
+    return output
