@@ -64,7 +64,12 @@ class Captioner:
         self.model = checkpoint.model.to(self.device).eval()
 
     def caption(
-        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: float | bool
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        batch_size: int = 16,
+        seed: int = 0,
+        **options: int | float | bool,
     ) -> list[Caption]:
         """Caption images.
 
@@ -84,7 +89,7 @@ class Captioner:
         return list(self.stream(several, batch_size=batch_size, seed=seed, **options))
 
     def stream(
-        self, images: Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: float | bool
+        self, images: Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: int | float | bool
     ) -> Iterator[Caption]:
         """As `caption`, but yielding each batch when it is done: for more images than memory holds."""
         config = search_config(**options)
@@ -144,7 +149,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path}: no checkpoint folder, nor one of the pretrained: {names}")
 
 
-def search_config(**options: float | bool) -> SearchConfig:
+def search_config(**options: int | float | bool) -> SearchConfig:
     """A SearchConfig, with a kind word for a misspelt option."""
     allowed = [f.name for f in dataclasses.fields(SearchConfig)]
     for name in options:
