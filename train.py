@@ -9,15 +9,16 @@ Every setting can be overridden (`--help` lists them), and an interrupted run go
 """
 
 import sys
+from collections.abc import Sequence
 
 from captioning.config import parse_settings
 from captioning.training import Interrupted, train
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Settings -> training; 2 after a mistake of the user, 130 after an interruption."""
     try:
-        best = train(parse_settings())
+        best = train(parse_settings(arguments))
     except (ValueError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +78,11 @@ def start(settings: Settings) -> Run:
     state = TrainingState.load(output / "last") if settings.resume else None
     if not settings.resume and (output / "last").exists():
         raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        cpu=not torch.accelerator.is_available(),  # torchrun's processes find each other on CPUs only when told
+    )
     data = CaptionData(settings.data)
     torch.manual_seed(settings.seed)
     model, encoder = start_model(settings, data)
@@ -154,7 +159,7 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
     stored = data.encoder
     for name in ("name", "layer", "grid", "image_size"):
         wanted, there = getattr(config, name), getattr(stored, name)
-        if wanted is not None and wanted != there:
+        if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
     if config.train_from is not None:
         raise ValueError(
@@ -196,7 +201,8 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
         "progress": dataclasses.asdict(run.progress),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    return Checkpoint(model, run.encoder, run.settings.decoder, run.data.vocabulary, about)
+    encoder = dataclasses.replace(run.encoder, weights=settings["encoder"]["weights"])
+    return Checkpoint(model, encoder, run.settings.decoder, run.data.vocabulary, about)
 
 
 def save_last(run: Run) -> None:

@@ -45,14 +45,14 @@ def train(settings: Settings) -> Path:
     output = Path(settings.output)
     with _stop_signals() as stop:
         for epoch in range(run.progress.epoch, settings.epochs):
+            if settings.validation.patience and run.progress.without_gain >= settings.validation.patience:
+                say(run, f"no better CIDEr for {run.progress.without_gain} validations: stopping early")
+                break
             train_epoch(run, stop)
             if (epoch + 1) % settings.validation.every == 0 or epoch + 1 == settings.epochs:
                 validate(run)
             run.progress.epoch, run.progress.batch = epoch + 1, 0
             save_last(run)
-            if settings.validation.patience and run.progress.without_gain >= settings.validation.patience:
-                say(run, f"no better CIDEr for {run.progress.without_gain} validations: stopping early")
-                break
     if run.writer is not None:
         run.writer.close()
     run.accelerator.end_training()
@@ -63,6 +63,8 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> None:
     """The rest of the current epoch, step by step."""
     settings, progress, accelerator = run.settings, run.progress, run.accelerator
     batches = plan(settings, run.data, epoch=progress.epoch)[progress.batch :]
+    if not batches:  # resumed between the last step of an epoch and its validation
+        return
     mine = shard(batches, accelerator.process_index, accelerator.num_processes)
     dataset = CaptionDataset(run.data, image_size=run.encoder.image_size, augment=settings.augment)
     loader = load_batches(
@@ -136,8 +138,8 @@ def train_step(run: Run, batch: Batch) -> tuple[float, int]:
     if run.average is not None:
         run.average.update_parameters(run.model)
     if step % 10 == 0:
-        values = {"nll": nll.detach(), "penalty": penalty.detach(), "gradient_norm": norm, "learning_rate_factor": factor}
-        for name, value in values.items():
+        values = {"nll": nll.detach(), "penalty": penalty.detach(), "gradient_norm": norm}
+        for name, value in {**values, "learning_rate_factor": factor}.items():
             curve(run, f"train/{name}", float(value))
     return nll.item(), int(output.mask.sum())
 

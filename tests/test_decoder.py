@@ -1,0 +1,147 @@
+"""The Decoder contract, for every registered decoder, alignment, attention and gate."""
+
+import itertools
+from typing import get_type_hints
+
+import pytest
+import torch
+
+from captioning.config import DecoderConfig
+from captioning.models.alignment import ALIGNMENTS
+from captioning.models.attention import ATTENTIONS
+from captioning.models.decoder import DECODERS, Decoder, build_decoder
+from captioning.vocabulary import END, PAD, START
+
+VOCABULARY, DIM, LOCATIONS = 11, 6, 5
+VARIANTS = [
+    DecoderConfig(
+        name=name,
+        attention=attention,
+        alignment=alignment,
+        gate=gate,
+        embedding_dim=4,
+        hidden_dim=DIM,
+        attention_dim=3,
+        tie_embeddings=tie,
+        dropout=0.3,
+        embedding_dropout=0.2,
+        annotation_dropout=0.1,
+    )
+    for (name, attention, alignment, gate), tie in zip(
+        itertools.product(DECODERS, ATTENTIONS, ALIGNMENTS, ("scalar", "vector", "none")),
+        itertools.cycle([False, True]),
+        strict=False,
+    )
+]
+every_variant = pytest.mark.parametrize(
+    "config", VARIANTS, ids=lambda c: f"{c.name}-{c.attention}-{c.alignment}-{c.gate}"
+)
+
+
+def build(config: DecoderConfig) -> Decoder:
+    torch.manual_seed(0)
+    return build_decoder(config, vocabulary_size=VOCABULARY, annotation_dim=DIM).double()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images with three captions each; the last caption of the second image is absent."""
+    a = torch.randn(2, LOCATIONS, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    captions = [[[4, 5, 6, 7], [5, 5], [8]], [[9, 10, 4], [6], None]]
+    words = torch.full((2, 3, 6), PAD)
+    for n, k in itertools.product(range(2), range(3)):
+        if captions[n][k] is not None:
+            framed = [START, *captions[n][k], END]
+            words[n, k, : len(framed)] = torch.tensor(framed)
+    return a, words
+
+
+@every_variant
+def test_forward_equals_repeated_step(config):
+    decoder = build(config).eval()
+    a, words = batch()
+    output = decoder(a, words)
+    memory = decoder.prepare(a)
+    state = decoder.initial_state(memory, 3)
+    for t in range(words.shape[-1] - 1):
+        step = decoder.step(words[..., t].flatten(), state, memory)
+        state = step.state
+        real = output.mask[..., t]
+        at_t = torch.zeros_like(output.mask)
+        at_t[..., t] = real
+        torch.testing.assert_close(output.logits[at_t[output.mask]], step.logits.unflatten(0, (2, 3))[real])
+        torch.testing.assert_close(output.alphas[..., t, :][real], step.alpha.unflatten(0, (2, 3))[real])
+        torch.testing.assert_close(output.betas[..., t][real], step.beta.unflatten(0, (2, 3))[real])
+
+
+@every_variant
+def test_padding_and_neighbours_change_nothing(config):
+    decoder = build(config).eval()
+    a, words = batch()
+    together = decoder(a, words)
+    alone = decoder(a[1:], words[1:, 1:2, :3])  # one short caption without its padding and its neighbours
+    own = torch.zeros_like(together.mask)
+    own[1, 1] = together.mask[1, 1]
+    torch.testing.assert_close(together.logits[own[together.mask]], alone.logits)
+
+
+@every_variant
+def test_the_order_of_captions_changes_only_the_order_of_results(config):
+    decoder = build(config).eval()
+    a, words = batch()
+    before, after = decoder(a, words), decoder(a.flip(0), words.flip(0, 1))
+    torch.testing.assert_close(after.alphas[after.mask].sum(0), before.alphas[before.mask].sum(0))
+    torch.testing.assert_close(after.alphas.flip(0, 1)[before.mask], before.alphas[before.mask])
+
+
+@every_variant
+def test_every_parameter_gets_a_gradient(config):
+    decoder = build(config).train()
+    output = decoder(*batch())
+    torch.nn.functional.cross_entropy(output.logits, output.targets).backward()
+    without = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@every_variant
+def test_alphas_are_distributions_over_locations(config):
+    output = build(config).eval()(*batch())
+    sums = output.alphas.sum(dim=-1)[output.mask]
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+    assert output.alphas.shape == (2, 3, 5, LOCATIONS)
+
+
+def test_captions_of_one_image_equal_the_same_image_repeated():
+    decoder = build(VARIANTS[0]).eval()
+    a, words = batch()
+    shared = decoder(a, words)
+    repeated = decoder(a.repeat_interleave(3, dim=0), words.flatten(0, 1).unsqueeze(1))
+    torch.testing.assert_close(shared.logits, repeated.logits)
+
+
+def test_long_captions_first_let_the_batch_shrink():
+    from captioning.models.decoder import _active_rows
+
+    _, words = batch()
+    # With END the captions have 5, 3, 2 words and 4, 2: both images with three captions for two steps, and so on.
+    assert _active_rows(words[..., 1:] != PAD) == [(2, 3), (2, 3), (2, 2), (2, 1), (1, 1)]
+
+
+def test_a_batch_of_absent_captions_is_harmless():
+    decoder = build(VARIANTS[0])
+    output = decoder(batch()[0], torch.full((2, 1, 2), PAD))
+    assert output.logits.shape == (0, VOCABULARY)
+    assert not output.mask.any()
+
+
+def test_dropout_acts_in_training_only():
+    decoder = build(VARIANTS[0])
+    a, words = batch()
+    assert not torch.equal(decoder.train()(a, words).logits, decoder(a, words).logits)
+    assert torch.equal(decoder.eval()(a, words).logits, decoder(a, words).logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "registry"), [("name", DECODERS), ("attention", ATTENTIONS), ("alignment", ALIGNMENTS)]
+)
+def test_every_word_of_the_config_has_its_class(field, registry):
+    assert set(get_type_hints(DecoderConfig)[field].__args__) == set(registry)

@@ -1,0 +1,269 @@
+"""The training loop: resumed runs end with the same bits, several processes agree, mistakes are one line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from captioning import training
+from captioning.api import load_captioner
+from captioning.checkpoint import load_checkpoint, read_tensors
+from captioning.config import (
+    DecoderConfig,
+    EncoderConfig,
+    OptimizerConfig,
+    SearchConfig,
+    Settings,
+    ValidationConfig,
+)
+from captioning.data import CaptionData, CaptionDataset, load_batches, shard
+from captioning.losses import word_nll
+from captioning.optimization import learning_rate_factor
+from captioning.run import plan, start
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "encoder": EncoderConfig(
+        name="resnet18", layer="layer2", weights=None, image_size=32, train_from="layer1", batch_norm="train"
+    ),
+    "decoder": DecoderConfig(embedding_dim=8, hidden_dim=12, attention_dim=6, dropout=0.3),
+    "optimizer": OptimizerConfig(learning_rate=0.01, encoder_learning_rate=0.01, average_decay=0.9, warmup_steps=3),
+    "validation": ValidationConfig(search=SearchConfig(beam_size=2, max_length=8)),
+    "epochs": 2,
+    "batch_size": 8,
+    "workers": 0,
+    "augment": "crop",
+}
+STEPS = 8  # 32 images x 5 captions in groups of 5, 8 groups a step, 2 epochs
+
+
+def tiny_settings(data: Path, output: Path, **changes: Any) -> Settings:
+    return Settings(**{**TINY, "data": str(data), "output": str(output), **changes})
+
+
+def saved_bits(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(folder / "last" / "model.safetensors") | read_tensors(folder / "last" / "training.safetensors")
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    training.train(tiny_settings(tiny_data, output))
+    return output
+
+
+@pytest.mark.parametrize("stop_after", range(1, STEPS))
+def test_a_run_interrupted_after_any_step_and_resumed_ends_with_the_same_bits(
+    stop_after, whole_run, tiny_data, tmp_path, monkeypatch
+):
+    steps = 0
+    real_step = training.train_step
+
+    def step_then_signal(run, batch):
+        nonlocal steps
+        steps += 1
+        result = real_step(run, batch)
+        if steps == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    settings = tiny_settings(tiny_data, tmp_path / "run")
+    monkeypatch.setattr(training, "train_step", step_then_signal)
+    with pytest.raises(training.Interrupted, match="--resume true"):
+        training.train(settings)
+    monkeypatch.undo()
+    training.train(dataclasses.replace(settings, resume=True))
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+def test_a_killed_process_resumes_from_its_last_saved_step_to_the_same_bits(whole_run, tiny_data, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    settings = dataclasses.asdict(tiny_settings(tiny_data, tmp_path / "run", save_every=1))
+    recipe.write_text(json.dumps(settings))
+    command = [sys.executable, "train.py", "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    progress = tmp_path / "run" / "last" / "training.json"
+    deadline = time.monotonic() + 120
+    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert progress.exists() or (tmp_path / "run" / "last.old").exists()
+    result = subprocess.run(
+        [*command, "--resume", "true"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+def test_another_seed_ends_elsewhere(whole_run, tiny_data, tmp_path):
+    training.train(tiny_settings(tiny_data, tmp_path / "run", seed=1))
+    assert not same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+def test_workers_change_no_bit(whole_run, tiny_data, tmp_path):
+    training.train(tiny_settings(tiny_data, tmp_path / "run", workers=2))
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+def test_the_run_folder_holds_settings_curves_and_a_best_checkpoint_that_captions(whole_run, tiny_data):
+    settings = json.loads((whole_run / "settings.json").read_text())
+    assert settings["optimizer"]["learning_rate"] == 0.01
+    assert list((whole_run / "tensorboard").glob("events*"))
+    about = load_checkpoint(whole_run / "best").about
+    scores = [entry["CIDEr"] for entry in load_checkpoint(whole_run / "last").about["progress"]["history"]]
+    assert about["progress"]["history"][-1]["CIDEr"] == max(scores)
+    assert about["settings"]["data"] == tiny_data.name  # no folder of this machine
+    photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
+    assert load_captioner(whole_run).caption([photo])[0].alphas.shape[1:] == (4, 4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_nearly_the_weights_of_one(tiny_data, tmp_path):
+    # Without dropout, augmentation and batch statistics the gradients are the same up to the order of sums.
+    changes = {
+        "encoder": dataclasses.replace(TINY["encoder"], batch_norm="frozen"),
+        "decoder": dataclasses.replace(TINY["decoder"], dropout=0.0),
+        "optimizer": OptimizerConfig(learning_rate=0.001, encoder_learning_rate=0.001),
+        "augment": "none",
+        "batch_size": 7,  # does not divide by two: the halves are unequal
+    }
+    training.train(tiny_settings(tiny_data, tmp_path / "one", **changes))
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(dataclasses.asdict(tiny_settings(tiny_data, tmp_path / "two", **changes))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, "--config", str(recipe)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "2 process(es)" in result.stdout
+    one, two = (read_tensors(tmp_path / name / "last" / "model.safetensors") for name in ("one", "two"))
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, rtol=0, atol=2e-3, msg=name)
+    scores = [load_checkpoint(tmp_path / n / "last").about["progress"]["history"][0]["CIDEr"] for n in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
+def test_every_caption_weighs_the_same_however_many_processes(tiny_data):
+    data = CaptionData(tiny_data)
+    batches = plan(tiny_settings(tiny_data, Path("unused"), batch_size=7), data, epoch=0)
+    parts = [shard(batches, rank, 2) for rank in range(2)]
+    for batch, *halves in zip(batches, *parts, strict=True):
+        assert len(halves[0]) == len(halves[1])
+        captions = sorted(c for half in halves for sample in half for c in sample.captions)
+        assert captions == sorted(c for sample in batch for c in sample.captions)
+
+
+def test_stored_annotations_train_a_checkpoint_that_has_its_encoder(tiny_annotations, tmp_path):
+    settings = tiny_settings(tiny_annotations, tmp_path / "run", encoder=EncoderConfig(name="resnet18", image_size=32))
+    settings = dataclasses.replace(settings, augment="none", epochs=1)
+    training.train(settings)
+    own = load_checkpoint(tmp_path / "run" / "best").model.encoder.network.state_dict()
+    stored = CaptionData(tiny_annotations).encoder_state()
+    assert all(torch.equal(own[name], x) for name, x in stored.items())
+
+
+def test_training_starts_from_a_checkpoint_with_the_same_words(whole_run, tiny_data, tmp_path):
+    run = start(tiny_settings(tiny_data, tmp_path / "run", init_from=str(whole_run / "best")))
+    first = load_checkpoint(whole_run / "best").model.state_dict()
+    assert all(torch.equal(x, first[name]) for name, x in run.model.state_dict().items())
+
+
+def test_training_stops_early_when_cider_gains_no_more(tiny_data, tmp_path, capsys):
+    optimizer = OptimizerConfig(learning_rate=1e-12, encoder_learning_rate=1e-12)
+    validation = dataclasses.replace(TINY["validation"], patience=1)
+    training.train(tiny_settings(tiny_data, tmp_path / "run", optimizer=optimizer, validation=validation, epochs=9))
+    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["epoch"] == 2
+    assert "stopping early" in capsys.readouterr().out
+
+
+def test_training_lowers_the_loss_of_its_captions(tiny_data, tmp_path):
+    validation = ValidationConfig(every=99, search=SearchConfig(beam_size=1))
+    decoder = DecoderConfig(embedding_dim=32, hidden_dim=64, attention_dim=16, dropout=0.0)
+    settings = tiny_settings(tiny_data, tmp_path / "run", epochs=20, decoder=decoder, validation=validation)
+    training.train(settings)
+    data = CaptionData(tiny_data)
+    dataset = CaptionDataset(data, image_size=32)
+    batch = next(load_batches(dataset, plan(settings, data, epoch=0), captions_per_image=5))
+    output = load_checkpoint(tmp_path / "run" / "last").model(*batch)
+    nll = word_nll(output.logits, output.targets).mean()
+    assert nll < 0.6 * torch.tensor(len(data.vocabulary)).log()  # guessing costs ln V per word
+
+
+def test_bf16_trains_too(tiny_data, tmp_path):
+    training.train(tiny_settings(tiny_data, tmp_path / "run", precision="bf16", epochs=1))
+    assert all(x.isfinite().all() for x in saved_bits(tmp_path / "run").values() if x.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": EncoderConfig(name="resnet50", image_size=32)}, "encoder.name='resnet50', but .* 'resnet18'"),
+        (
+            {"encoder": EncoderConfig(name="resnet18", image_size=32, train_from="all")},
+            "encoder.train_from='all' needs pixels",
+        ),
+        ({"data": "nowhere.h5"}, "nowhere.h5: no such data file"),
+        ({"resume": True}, "there is no run to resume"),
+        ({"init_from": "nowhere"}, "nowhere: no checkpoint folder"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(changes, message, tiny_annotations, tmp_path):
+    values = {"encoder": EncoderConfig(name="resnet18", image_size=32), "augment": "none", **changes}
+    settings = dataclasses.replace(tiny_settings(tiny_annotations, tmp_path / "run"), **values)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        training.train(settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_finished_run_is_not_overwritten(whole_run, tiny_data):
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        training.train(tiny_settings(tiny_data, whole_run))
+
+
+def test_a_resumed_run_may_not_change_what_the_weights_depend_on(whole_run, tiny_data):
+    settings = tiny_settings(tiny_data, whole_run, resume=True, batch_size=4)
+    with pytest.raises(ValueError, match="--resume: batch_size was 8 and is now 4"):
+        training.train(settings)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_data, tmp_path):
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    with torch.no_grad():
+        run.model.decoder.L_o.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"the loss is nan at step 0: lower optimizer.learning_rate"):
+        training.train_epoch(run, {"now": False})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])]
+)
+def test_the_learning_rate_warms_up_and_decays(schedule, expected):
+    config = OptimizerConfig(warmup_steps=2, schedule=schedule)
+    factors = [learning_rate_factor(step, 10, config) for step in (0, 1, 2, 6)]  # step 6 is half-way from 2 to 10
+    assert factors == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("extra", [[], ["--loss.lambda", "1"], ["--epochs", "0"], ["--config", "nothing"]])
+def test_the_commands_mistakes_are_one_line_and_exit_code_2(extra, tmp_path, capsys):
+    import train
+
+    assert train.main(["--data", "nowhere.h5", "--output", str(tmp_path / "x"), *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("train: ")
