@@ -1,19 +1,30 @@
 """Open any user's image file safely, make it square for the network, and know the way back for overlays."""
 
+import struct
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-from captioning.config import Fit
+from captioning.config import Fit, one_line
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a photo of each EXIF orientation upright."""
 
 
 class Box(NamedTuple):
@@ -46,13 +57,16 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
                 return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too many pixels; at most {max_pixels:,} are opened") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error) as error:
+        raise ValueError(f"{path}: cannot be read as an image: {one_line(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as upright RGB, 8 bit."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # TIFF files turn themselves
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:  # ImageOps.exif_transpose also rewrites the EXIF block, and fails on a damaged one
+        image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 255.0
