@@ -93,7 +93,8 @@ class Encoder(nn.Module):
         elif train_from is not None:
             matches = [i for i, name in enumerate(names) if name.startswith(f"{train_from}.")]
             if not matches:
-                stages = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+                modules = [name.split(".")[:-1] for name in names]
+                stages = ", ".join(dict.fromkeys(".".join(parts[:k]) for parts in modules for k in (1, 2)))
                 raise ValueError(
                     f"encoder.train_from={train_from!r} is no stage of the network; allowed: all, {stages}"
                 )
