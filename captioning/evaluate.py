@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import Checkpoint, load_checkpoint
-from captioning.config import SearchConfig
+from captioning.config import SearchConfig, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis, search
 from captioning.metrics import DEFAULT_METRICS, Scores, score
@@ -166,6 +166,10 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object]]:
         return score(results, references, tokenizer=options.tokenizer, metrics=metrics), {"results": options.results}
     if not (options.checkpoint and options.data):
         raise ValueError("give --checkpoint and --data, or --results and --references")
+    if options.batch_size < 1 or options.limit < 0:
+        raise ValueError(
+            f"--batch-size must be at least 1 and --limit not negative (got {options.batch_size} and {options.limit})"
+        )
     config = SearchConfig(
         beam_size=options.beam_size,
         length_penalty=options.length_penalty,
@@ -173,6 +177,8 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object]]:
         no_repeat_ngram=options.no_repeat_ngram,
     )
     checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     found, scores = evaluate(
         checkpoint,
@@ -203,8 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     try:
         scores, about = _run(_parser().parse_args(arguments))
-    except (ValueError, FileNotFoundError, ConnectionError, RuntimeError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"evaluate: {one_line(error)}", file=sys.stderr)
         return 2
     print(scores.table())
     for name in ("split", "beam_size", "unfinished"):
