@@ -20,7 +20,7 @@ import torch
 
 from captioning import Caption, Captioner, load_captioner
 from captioning.checkpoint import fresh_file
-from captioning.config import SearchConfig
+from captioning.config import SearchConfig, one_line
 from captioning.images import EXTENSIONS, open_image, to_array
 
 
@@ -51,6 +51,8 @@ def captions_of(
     captioner: Captioner, files: Sequence[Path], batch_size: int, options: dict[str, Any]
 ) -> Iterator[tuple[Path, Caption | Exception]]:
     """The caption of every file; for a file that cannot be read, the reason instead."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1 (got {batch_size})")
     for start in range(0, len(files), batch_size):
         opened: list[tuple[Path, Any]] = []
         for path in files[start : start + batch_size]:
@@ -121,12 +123,19 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def make_folders(options: argparse.Namespace) -> None:
+    """Make the folders that will be written to, before the work is done."""
+    if options.overlay:
+        Path(options.overlay).mkdir(parents=True, exist_ok=True)
+    if options.json and options.json != "-":
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+
+
 def run(options: argparse.Namespace) -> int:
     """Caption every file; 2 if one of them could not be read."""
     files = image_files(options.images)
     captioner = load_captioner(options.checkpoint, device=options.device)
-    if options.overlay:
-        Path(options.overlay).mkdir(parents=True, exist_ok=True)
+    make_folders(options)
     fields = [field.name for field in dataclasses.fields(SearchConfig)]
     search = {name: getattr(options, name) for name in [*fields, "seed"]}
     lines = sys.stderr if options.json == "-" else sys.stdout
@@ -141,7 +150,10 @@ def run(options: argparse.Namespace) -> int:
         if options.words:
             print_words(caption, lines)
         if options.overlay:
-            print(f"{path}: {write_overlay(path, caption, Path(options.overlay), taken)}", file=sys.stderr)
+            drawn = (
+                write_overlay(path, caption, Path(options.overlay), taken) if caption.words else "no words to overlay"
+            )
+            print(f"{path}: {drawn}", file=sys.stderr)
         if options.json:
             results.append(as_json(path, caption))
     if options.json == "-":
@@ -169,13 +181,15 @@ def print_words(caption: Caption, lines: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     try:
-        return run(parser().parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"caption: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        os.close(sys.stdout.fileno())
+        code = run(parser().parse_args(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"caption: {one_line(error)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
