@@ -1,0 +1,291 @@
+"""The command that captions photos, and the three lines of library use."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captioning import load_captioner
+from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.data import CaptionData
+from captioning.images import visible_box
+from captioning.vocabulary import END
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    """caption.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("caption_command", ROOT / "caption.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def photos(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a.png, b.png, c.jpg (wide), a text file, and the folder other/ with another a.png."""
+    data = CaptionData(tiny_data)
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "other").mkdir()
+    names = {"a.png": (32, 32), "b.png": (32, 32), "c.jpg": (60, 40), "other/a.png": (32, 32)}
+    for i, (name, size) in enumerate(names.items()):
+        Image.fromarray(data.image(2 + i).permute(1, 2, 0).numpy()).resize(size).save(folder / name)
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+@pytest.fixture
+def call(command, tiny_checkpoint, capsys):
+    """Calls main; returns the exit code, the lines of standard output and those of standard error."""
+
+    def run(*words: object, checkpoint: Path = tiny_checkpoint) -> tuple[int, list[str], list[str]]:
+        code = command.main([*map(str, words), "--checkpoint", str(checkpoint), "--device", "cpu"])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+def captioned(lines: list[str]) -> list[str]:
+    """The paths of the lines `path<TAB>caption`."""
+    assert all(line.count("\t") == 1 and line.split("\t")[1] for line in lines)
+    return [line.split("\t")[0] for line in lines]
+
+
+def test_a_file_gives_one_line_with_its_caption(call, photos, tiny_checkpoint):
+    code, out, err = call(photos / "a.png")
+    caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], beam_size=5)[0]
+    assert (code, err) == (0, [])
+    assert out == [f"{photos / 'a.png'}\t{caption.text}{'' if caption.finished else ' ...'}"]
+
+
+def test_a_folder_gives_its_image_files_in_order(call, photos):
+    code, out, _ = call(photos)
+    assert code == 0
+    assert captioned(out) == [str(photos / name) for name in ("a.png", "b.png", "c.jpg")]
+
+
+def test_a_glob_gives_what_it_matches(call, photos):
+    _, out, _ = call(photos / "**" / "*.png")
+    assert captioned(out) == [str(photos / name) for name in ("a.png", "b.png", "other/a.png")]
+
+
+def test_a_file_that_is_named_twice_is_captioned_once(call, photos):
+    _, out, _ = call(photos / "b.png", photos / "*.png", photos)
+    assert captioned(out) == [str(photos / name) for name in ("b.png", "a.png", "c.jpg")]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_taken_as_it_is(call, photos, tmp_path):
+    shutil.copy(photos / "a.png", tmp_path / "a[1].png")
+    _, out, _ = call(tmp_path / "a[1].png")
+    assert captioned(out) == [str(tmp_path / "a[1].png")]
+
+
+def test_a_broken_file_stops_no_other(call, photos, tmp_path):
+    (tmp_path / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
+    alone = [line for name in ("a.png", "b.png") for line in call(photos / name)[1]]
+    code, out, err = call(photos / "a.png", tmp_path / "broken.png", photos / "b.png")
+    assert code == 2
+    assert out == alone
+    assert len(err) == 1
+    assert err[0].startswith(f"caption: {tmp_path / 'broken.png'}: cannot be read as an image")
+
+
+def test_only_broken_files_give_no_line(call, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"")
+    code, out, err = call(tmp_path, "--json", tmp_path / "x.json")
+    assert (code, out, len(err)) == (2, [], 1)
+    assert json.loads((tmp_path / "x.json").read_text()) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_batch_changes_no_caption(call, photos, batch_size):
+    assert call(photos, "--batch-size", batch_size)[1] == call(photos)[1]
+
+
+def test_several_captions_come_best_first(call, photos, tiny_checkpoint):
+    words = ("--num-captions", 3, "--sample", "--max-length", 6)
+    _, out, _ = call(photos / "a.png", *words)
+    assert captioned(out) == [str(photos / "a.png")] * 3
+    options = {"num_captions": 3, "sample": True, "max_length": 6}
+    best = load_captioner(tiny_checkpoint).caption([photos / "a.png"], **options)[0]
+    assert [line.split("\t")[1].removesuffix(" ...") for line in out] == [c.text for c in (best, *best.alternatives)]
+    assert best.score >= best.alternatives[0].score >= best.alternatives[1].score
+
+
+def test_samples_follow_the_seed(call, photos):
+    first, again, other = (call(photos / "a.png", "--sample", "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_json_on_standard_output_holds_the_attention_of_every_word(call, photos):
+    code, out, err = call(photos, "--json", "-", "--max-length", 8)
+    values = json.loads("\n".join(out))
+    assert code == 0
+    assert captioned(err) == [value["image"] for value in values]  # the lines step aside
+    for value in values:
+        alphas, count = np.array(value["alphas"]), len(value["words"])
+        assert alphas.shape == (count, 4, 4)
+        np.testing.assert_allclose(alphas.sum((1, 2)), 1, atol=16 * 5e-6)  # rounded to five digits
+        assert len(value["log_probs"]) == len(value["betas"]) == count
+        assert value["text"] == " ".join(value["words"])
+    assert values[2]["box"] == {"left": 10, "top": 0, "right": 50, "bottom": 40}  # the centre of 60x40
+
+
+def test_json_in_a_file_holds_the_same(call, photos, tmp_path):
+    code, out, _ = call(photos, "--json", tmp_path / "new" / "x.json")
+    assert code == 0
+    values = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert [f"{v['image']}\t{v['text']}{'' if v['finished'] else ' ...'}" for v in values] == out
+
+
+def test_overlays_are_written_one_per_photo(call, photos, tmp_path):
+    code, _, err = call(photos / "*.png", "--overlay", tmp_path / "new" / "folder", "--max-length", 4)
+    assert code == 0
+    folder = tmp_path / "new" / "folder"
+    assert err == [f"{photos / name}.png: {folder / name}.png" for name in ("a", "b")]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
+    with Image.open(folder / "a.png") as figure:
+        assert figure.format == "PNG"
+        assert min(figure.size) > 50
+
+
+def test_two_photos_of_one_name_give_two_overlays(call, photos, tmp_path):
+    call(photos / "a.png", photos / "other", "--overlay", tmp_path, "--max-length", 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
+
+
+def test_a_caption_without_words_has_no_overlay_and_is_no_error(call, photos, tmp_path, tiny_checkpoint):
+    silent = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        silent.model.decoder.get_parameter("L_o.bias")[END] = 1e4
+    save_checkpoint(tmp_path / "silent", silent)
+    words = ("--overlay", tmp_path / "drawn", "--json", tmp_path / "x.json", "--words")
+    code, out, err = call(photos / "a.png", *words, checkpoint=tmp_path / "silent")
+    assert (code, out) == (0, [f"{photos / 'a.png'}\t"])
+    assert err == [f"{photos / 'a.png'}: no words to overlay"]
+    assert json.loads((tmp_path / "x.json").read_text())[0]["words"] == []
+
+
+def test_words_are_listed_with_probability_gate_and_place(call, photos, tiny_checkpoint):
+    _, out, _ = call(photos / "a.png", "--words", "--max-length", 3)
+    caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], max_length=3)[0]
+    assert len(out) == 1 + len(caption.words)
+    assert caption.alphas is not None
+    row, column = np.unravel_index(caption.alphas[0].argmax(), (4, 4))
+    assert out[1].split()[:4] == [caption.words[0], "log", "p", f"{caption.log_probs[0]:.3f}"]
+    assert f"looked most at row {row + 1} of 4, column {column + 1} of 4" in out[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["absent.png"], r"absent\.png: no such file, folder or match"),
+        (["absent/*.png"], r"absent/\*\.png: no such file, folder or match"),
+        (["PHOTO", "--beam-size", "0"], "beam_size must be positive"),
+        (["PHOTO", "--num-captions", "9"], "num_captions=9 needs beam_size"),
+        (["PHOTO", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["PHOTO", "--batch-size", "-3"], "--batch-size must be at least 1"),
+        (["PHOTO", "--top-p", "2"], "top_p"),
+        (["PHOTO", "--device", "abacus"], "abacus"),
+        (["PHOTO", "--json", "PHOTO/x.json"], r"a\.png"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(command, photos, tiny_checkpoint, capsys, words, named):
+    words = [word.replace("PHOTO", str(photos / "a.png")) for word in words]
+    code = command.main(["--checkpoint", str(tiny_checkpoint), "--device", "cpu", *words])
+    err = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(err) == 1
+    assert re.search(named, err[0])
+
+
+def test_an_empty_folder_says_what_it_looked_for(call, tmp_path):
+    code, out, err = call(tmp_path)
+    assert (code, out) == (2, [])
+    assert err[0].startswith(f"caption: {tmp_path}: no image files in this folder (.bmp")
+
+
+def test_a_missing_checkpoint_names_the_pretrained_ones(call, photos, tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    monkeypatch.setattr("captioning.api.PRETRAINED", tmp_path)
+    code, out, err = call(photos / "a.png", checkpoint=Path("absent"))
+    assert (code, out) == (2, [])
+    assert err == ["caption: absent: no checkpoint folder, nor one of the pretrained: one"]
+
+
+def test_the_real_command_prints_no_traceback(photos, tiny_checkpoint, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    words = [photos / "a.png", tmp_path / "broken.jpg", "--checkpoint", tiny_checkpoint, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "caption.py", *words], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert captioned(done.stdout.splitlines()) == [str(photos / "a.png")]
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_is_no_error(photos, tiny_checkpoint):
+    words = [sys.executable, ROOT / "caption.py", photos / "a.png", "--checkpoint", tiny_checkpoint, "--device", "cpu"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_files_images_and_arrays_give_the_same_caption(photos, tiny_checkpoint):
+    captioner = load_captioner(tiny_checkpoint)
+    path = photos / "c.jpg"
+    with Image.open(path) as image:
+        kinds = [path, str(path), image.convert("RGB"), np.asarray(image.convert("RGB"))]
+    first, *others = captioner.caption(kinds, beam_size=2)
+    assert captioner.caption(path, beam_size=2)[0].words == first.words
+    for other in others:
+        assert (other.words, other.log_probs) == (first.words, first.log_probs)
+    assert first.box == visible_box(60, 40, "crop")
+    assert first.alphas is not None
+    assert (first.alphas.shape, first.alphas.dtype) == ((len(first.words), 4, 4), np.float32)
+    np.testing.assert_allclose(first.alphas.sum((1, 2)), 1, rtol=1e-5)
+
+
+def test_an_unfinished_caption_has_the_score_of_its_words(photos, tiny_checkpoint):
+    names = [photos / name for name in ("a.png", "b.png", "c.jpg")]
+    captions = load_captioner(tiny_checkpoint).caption(names, beam_size=1, max_length=3)
+    unfinished = [caption for caption in captions if not caption.finished]
+    assert unfinished
+    for caption in unfinished:
+        assert len(caption.words) == 3
+        assert sum(caption.log_probs) == pytest.approx(caption.score, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (np.zeros((4, 4), np.uint8), r"an image array must be uint8 \(H, W, 3\), got uint8 \(4, 4\)"),
+        (np.zeros((4, 4, 3), np.float32), r"an image array must be uint8 \(H, W, 3\), got float32"),
+    ],
+)
+def test_a_wrong_array_is_refused(tiny_checkpoint, value, named):
+    with pytest.raises(ValueError, match=named):
+        load_captioner(tiny_checkpoint).caption([value])
+
+
+def test_a_misspelt_option_names_those_there_are(tiny_checkpoint, photos):
+    with pytest.raises(ValueError, match="unknown option 'beams'; allowed: beam_size, "):
+        load_captioner(tiny_checkpoint).caption(photos / "a.png", beams=3)

@@ -1,0 +1,206 @@
+"""Settings: every recipe reads, the command line beats it, and a mistake is one line that names the field."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from captioning.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LossConfig,
+    OptimizerConfig,
+    SearchConfig,
+    Settings,
+    ValidationConfig,
+    from_dict,
+    parse_settings,
+    recipe_path,
+    recipes,
+    to_dict,
+)
+from captioning.models.alignment import ALIGNMENTS
+from captioning.models.attention import ATTENTIONS, build_gate
+from captioning.models.decoder import DECODERS
+from captioning.optimization import OPTIMIZERS, learning_rate_factor
+
+REQUIRED = ["--data", "d.h5", "--output", "runs/x"]
+CONFIGS = (EncoderConfig, DecoderConfig, LossConfig, OptimizerConfig, SearchConfig, ValidationConfig)
+
+
+def words_of(config: type, field: str) -> tuple[str, ...]:
+    kind = get_type_hints(config)[field]
+    assert get_origin(kind) is Literal
+    return get_args(kind)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_reads_and_is_not_the_default(name):
+    settings = parse_settings(["--config", name, *REQUIRED])
+    assert (settings.data, settings.output) == ("d.h5", "runs/x")
+    assert dataclasses.replace(settings) != Settings(data="d.h5", output="runs/x")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """A recipe in a file, with nested settings."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "encoder: {name: resnet18, weights: null, image_size: 64}\n"
+        "decoder: {embedding_dim: 128, hidden_dim: 256}\n"
+        "validation: {images: 200, search: {beam_size: 4, max_length: 9}}\n"
+        "epochs: 3\n"
+    )
+    return str(path)
+
+
+def test_a_recipe_sets_what_it_says_and_nothing_else(recipe):
+    assert parse_settings(["--config", recipe, *REQUIRED]) == Settings(
+        data="d.h5",
+        output="runs/x",
+        encoder=EncoderConfig(name="resnet18", weights=None, image_size=64),
+        decoder=DecoderConfig(embedding_dim=128, hidden_dim=256),
+        validation=ValidationConfig(images=200, search=SearchConfig(beam_size=4, max_length=9)),
+        epochs=3,
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["--config", "?", "--decoder.hidden_dim", "7"], ["--decoder.hidden_dim=7", "--config=?"]]
+)
+def test_the_command_line_beats_the_recipe_in_any_order(words, recipe):
+    settings = parse_settings([*(word.replace("?", recipe) for word in words), *REQUIRED])
+    assert settings.decoder == DecoderConfig(embedding_dim=128, hidden_dim=7)  # the rest of the group stays
+
+
+def test_nested_settings_can_be_overridden(recipe):
+    words = ["--validation.search.beam_size", "1", "--encoder.weights", "file.pth", "--resume", "true"]
+    settings = parse_settings([*words, "--config", recipe, *REQUIRED])
+    assert settings.validation == ValidationConfig(images=200, search=SearchConfig(beam_size=1, max_length=9))
+    assert settings.encoder.weights == "file.pth"
+    assert settings.resume is True
+
+
+def test_a_null_on_the_command_line_is_none():
+    assert parse_settings([*REQUIRED, "--encoder.weights", "null"]).encoder.weights is None
+
+
+def test_resolved_settings_can_be_written_and_read_back():
+    settings = parse_settings(["--config", "flickr8k_soft", *REQUIRED])
+    assert from_dict(Settings, json.loads(json.dumps(to_dict(settings))), "settings.json") == settings
+
+
+def test_an_unknown_recipe_names_those_there_are():
+    with pytest.raises(FileNotFoundError, match=r"--config nothing: .*flickr8k_soft, .*shapes_soft"):
+        recipe_path("nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--decoder.hiden_dim", "7"], "hiden_dim"),
+        (["--decoder.hidden_dim", "many"], "hidden_dim"),
+        (["--decoder.hidden_dim", "1.5"], "hidden_dim"),
+        (["--decoder.hidden_dim", "0"], "hidden_dim must be positive"),
+        (["--decoder.alignment", "cosine"], "alignment"),
+        (["--decoder.dropout", "1"], r"dropout must lie in \[0, 1\)"),
+        (["--loss.lambda_ds", "-1"], "lambda_ds must not be negative"),
+        (["--loss.label_smoothing", "1.5"], "label_smoothing"),
+        (["--optimizer.learning_rate", "0"], "learning_rate must be positive"),
+        (["--optimizer.name", "sgd"], "name"),
+        (["--optimizer.average_decay", "1"], "average_decay"),
+        (["--validation.search.top_p", "0"], "top_p"),
+        (["--validation.search.num_captions", "9"], "num_captions=9 needs beam_size"),
+        (["--validation.split", "dev"], "split"),
+        (["--encoder.fit", "stretch"], "fit"),
+        (["--encoder.image_size", "-1"], "image_size must be positive"),
+        (["--epochs", "0"], "epochs must be positive"),
+        (["--workers", "-1"], "workers must not be negative"),
+        (["--augment", "rotate"], "augment"),
+        (["--resume", "maybe"], "resume"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(words, named):
+    with pytest.raises(ValueError, match=named) as error:
+        parse_settings([*REQUIRED, *words])
+    assert "\n" not in str(error.value)
+
+
+def test_data_and_output_must_be_given():
+    with pytest.raises(ValueError, match="data"):
+        parse_settings(["--output", "runs/x"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("decoder:\n  hidden: 3\n", "hidden"),
+        ("epochs: many\n", "epochs"),
+        ("steps: 3\n", "steps"),
+        ("a: [\n", "config"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_that_names_the_setting(content, named, tmp_path):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ValueError, match=named) as error:
+        parse_settings(["--config", str(tmp_path / "mine.yaml"), *REQUIRED])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_survives_json(config):
+    assert from_dict(config, json.loads(json.dumps(to_dict(config()))), "file") == config()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"hidden_dim": 8, "depth": 2}, "depth"),
+        ({"hidden_dim": "wide"}, "hidden_dim"),
+        ({"hidden_dim": None}, "hidden_dim"),
+        ({"dropout": 2.0}, "dropout"),
+        ({"gate": "open"}, "gate"),
+        ([], "expected a mapping of settings, got list"),
+        (None, "expected a mapping of settings, got NoneType"),
+    ],
+)
+def test_a_stored_config_is_read_strictly(values, named):
+    with pytest.raises(ValueError, match=rf"config\.json: decoder: .*{named}") as error:
+        from_dict(DecoderConfig, values, "config.json: decoder")
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DecoderConfig().hidden_dim = 3  # type: ignore[misc]
+
+
+def test_sampling_may_give_more_captions_than_beams():
+    assert SearchConfig(beam_size=1, num_captions=4, sample=True).num_captions == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "registry"),
+    [("alignment", ALIGNMENTS), ("attention", ATTENTIONS), ("name", DECODERS)],
+)
+def test_every_word_of_the_decoder_config_has_its_entry(field, registry):
+    assert set(words_of(DecoderConfig, field)) == set(registry)
+
+
+def test_every_gate_can_be_built():
+    for name in words_of(DecoderConfig, "gate"):
+        build_gate(name, hidden_dim=4, annotation_dim=3)
+
+
+def test_every_optimizer_and_schedule_has_its_entry():
+    assert set(words_of(OptimizerConfig, "name")) == set(OPTIMIZERS)
+    for schedule in words_of(OptimizerConfig, "schedule"):
+        assert learning_rate_factor(0, 10, OptimizerConfig(schedule=schedule)) == 1.0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, Settings])
+def test_every_setting_is_documented(config):
+    documented = [line.split(":")[0].strip() for line in str(config.__doc__).splitlines()]
+    assert [field.name for field in dataclasses.fields(config) if field.name not in documented] == []

@@ -1,0 +1,235 @@
+"""The data file's reader, the plan of an epoch, and batches."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from captioning.data import (
+    ANNOTATIONS,
+    ENCODER,
+    NAMES,
+    PIXELS,
+    VOCABULARY,
+    CaptionData,
+    CaptionDataset,
+    Collate,
+    Sample,
+    build_augmentation,
+    load_batches,
+    plan_epoch,
+    shard,
+)
+from captioning.models.encoder import build_encoder
+from captioning.vocabulary import END, PAD, START
+from preprocess.sources import shapes
+
+
+def batches_of(data: CaptionData, *, per_image: int = 3, size: int = 7, seed: int = 0, epoch: int = 0):
+    return plan_epoch(data, "train", captions_per_image=per_image, batch_size=size, seed=seed, epoch=epoch)
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def test_a_file_holds_the_images_and_captions_of_its_source(tiny_data):
+    data = CaptionData(tiny_data)
+    assert len(data) == 40
+    assert [len(data.indices(split)) for split in ("train", "val", "test")] == [32, 4, 4]
+    record = shapes(40, seed=0)[8]
+    assert data.names[8] == record.name
+    assert data.references(8) == list(record.captions)
+    pixels = data.image(8)
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.uint8)
+    drawn = np.asarray(record.image.render(32))  # type: ignore[union-attr]
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), drawn)
+
+
+def test_words_are_the_captions_in_the_vocabulary(tiny_data):
+    data = CaptionData(tiny_data)
+    first = data.captions_of(0)[0]
+    text = " ".join(data.vocabulary.decode(data.words(first).tolist()))
+    assert text == data.references(0)[0].lower().rstrip(" .")
+
+
+def test_an_annotation_file_holds_what_its_network_makes_of_the_pixels(tiny_data, tiny_annotations):
+    data = CaptionData(tiny_annotations)
+    assert (data.kind, data.grid, data.image_shape) == (ANNOTATIONS, (4, 4), (16, 128))
+    assert data.encoder is not None
+    encoder, _ = build_encoder(data.encoder, state=data.encoder_state())
+    a = encoder(CaptionData(tiny_data).image(3)[None])[0]
+    torch.testing.assert_close(data.image(3).float(), a, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("per_image", "size"), [(1, 1), (2, 7), (5, 32), (9, 4)])
+def test_an_epoch_holds_every_caption_once(tiny_data, per_image, size):
+    data = CaptionData(tiny_data)
+    batches = batches_of(data, per_image=per_image, size=size)
+    samples = [sample for batch in batches for sample in batch]
+    seen = [caption for sample in samples for caption in sample.captions]
+    assert sorted(seen) == sorted(c for i in data.indices("train") for c in data.captions_of(int(i)))
+    assert all(set(sample.captions) <= set(data.captions_of(sample.image)) for sample in samples)
+    assert max(len(sample.captions) for sample in samples) <= per_image
+    assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert 0 < len(batches[-1]) <= size
+
+
+def test_the_plan_depends_on_seed_and_epoch_only(tiny_data):
+    data = CaptionData(tiny_data)
+    plan = batches_of(data, seed=3, epoch=2)
+    torch.manual_seed(9)
+    np.random.seed(9)  # noqa: NPY002  the global state that must not matter
+    assert batches_of(CaptionData(tiny_data), seed=3, epoch=2) == plan
+    assert batches_of(data, seed=3, epoch=1) != plan
+    assert batches_of(data, seed=2, epoch=2) != plan
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_the_parts_of_all_processes_are_the_whole_batch(world):
+    batch = [Sample(i, (2 * i, 2 * i + 1), i) for i in range(7)]
+    parts = [shard([batch], rank, world)[0] for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1  # a process with less work would wait for ever
+    with_captions = [sample for part in parts for sample in part if sample.captions]
+    assert sorted(with_captions) == batch
+    assert len(parts[0]) == -(-7 // world)
+
+
+def test_a_batch_is_framed_padded_and_ordered_longest_first():
+    images = [torch.full((2,), value) for value in (1.0, 2.0, 3.0)]
+    items = [(images[0], [ids(7), ids(8, 9)]), (images[1], [ids(4, 5, 6)]), (images[2], [])]
+    batch = Collate(2)(items)
+    assert batch.words.tolist() == [
+        [[START, 4, 5, 6, END], [PAD] * 5],
+        [[START, 8, 9, END, PAD], [START, 7, END, PAD, PAD]],
+        [[PAD] * 5, [PAD] * 5],
+    ]
+    assert batch.images[:, 0].tolist() == [2.0, 1.0, 3.0]
+
+
+def test_an_empty_caption_is_start_and_end():
+    assert Collate(1)([(torch.zeros(1), [ids()])]).words.tolist() == [[[START, END]]]
+
+
+def test_images_of_one_length_keep_their_order():
+    items = [(torch.tensor([float(i)]), [ids(4)]) for i in range(5)]
+    assert Collate(1)(items).images[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_reader_travels_to_another_process_with_its_file_open(tiny_data):
+    data = CaptionData(tiny_data)
+    image = data.image(0)
+    copy = pickle.loads(pickle.dumps(data))
+    torch.testing.assert_close(copy.image(0), image)
+
+
+def test_workers_read_the_same_batches(tiny_data):
+    data = CaptionData(tiny_data)
+    data.image(0)  # open before the workers start
+    dataset = CaptionDataset(data, image_size=24, augment="crop_flip")
+    plan = batches_of(data)[:4]
+    here = list(load_batches(dataset, plan, captions_per_image=3))
+    there = list(load_batches(dataset, plan, captions_per_image=3, workers=2))
+    assert len(here) == len(there) == 4
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.words, other.words)
+
+
+def test_a_batch_holds_the_words_of_its_samples(tiny_data):
+    data = CaptionData(tiny_data)
+    sample = Sample(5, tuple(data.captions_of(5))[:2], 0)
+    batch = next(load_batches(CaptionDataset(data, image_size=32), [[sample]], captions_per_image=2))
+    assert torch.equal(batch.images[0], data.image(5))
+    found = sorted([i for i in row.tolist() if i not in (PAD, START, END)] for row in batch.words[0])
+    assert found == sorted(data.words(caption).tolist() for caption in sample.captions)
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop", "crop_flip"])
+def test_augmentation_depends_on_the_seed_of_the_sample_only(tiny_data, augment):
+    dataset = CaptionDataset(CaptionData(tiny_data), image_size=32, augment=augment)
+    first = [dataset[Sample(1, (), seed)][0] for seed in range(8)]
+    torch.manual_seed(1)
+    again = [dataset[Sample(1, (), seed)][0] for seed in reversed(range(8))][::-1]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert any(not torch.equal(first[0], other) for other in first[1:])
+
+
+def test_augmentation_leaves_the_global_generator_alone(tiny_data):
+    dataset = CaptionDataset(CaptionData(tiny_data), image_size=32, augment="crop_flip")
+    state = torch.get_rng_state()
+    dataset[Sample(1, (), 5)]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_flip_is_the_photo_or_its_mirror_image(tiny_data):
+    data = CaptionData(tiny_data)
+    dataset = CaptionDataset(data, image_size=32, augment="flip")
+    image = data.image(2)
+    kinds = set()
+    for seed in range(12):
+        found = dataset[Sample(2, (), seed)][0]
+        assert torch.equal(found, image) or torch.equal(found, image.flip(-1))
+        kinds.add(torch.equal(found, image))
+    assert kinds == {True, False}
+
+
+def test_no_augmentation_resizes_only(tiny_data):
+    transform = build_augmentation("none", 16)
+    image = torch.full((3, 32, 32), 7, dtype=torch.uint8)
+    assert torch.equal(transform(image), torch.full((3, 16, 16), 7, dtype=torch.uint8))
+
+
+def test_a_missing_file_says_what_makes_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.h5: no such data file; `python -m preprocess` makes one"):
+        CaptionData(tmp_path / "absent.h5")
+
+
+@pytest.mark.parametrize("content", [b"", b"caption,image\n"])
+def test_what_is_no_hdf5_file_is_refused(content, tmp_path):
+    (tmp_path / "x.h5").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.h5: not an HDF5 file"):
+        CaptionData(tmp_path / "x.h5")
+
+
+def damaged(whole: Path, tmp_path: Path) -> h5py.File:
+    shutil.copyfile(whole, tmp_path / "x.h5")
+    return h5py.File(tmp_path / "x.h5", "r+")
+
+
+@pytest.mark.parametrize("schema", [None, "show-attend-tell/0", 3])
+def test_another_schema_is_refused(tiny_data, tmp_path, schema):
+    with damaged(tiny_data, tmp_path) as file:
+        del file.attrs["schema"]
+        if schema is not None:
+            file.attrs["schema"] = schema
+    with pytest.raises(ValueError, match=r"x\.h5: schema is .*this version reads 'show-attend-tell/1'; preprocess it"):
+        CaptionData(tmp_path / "x.h5")
+
+
+@pytest.mark.parametrize("name", [VOCABULARY, NAMES, PIXELS])
+def test_a_file_without_one_of_its_tables_is_refused(tiny_data, tmp_path, name):
+    with damaged(tiny_data, tmp_path) as file:
+        del file[name]
+    with pytest.raises(ValueError, match=r"x\.h5: not a data file of schema show-attend-tell/1"):
+        CaptionData(tmp_path / "x.h5")
+
+
+def test_an_unknown_setting_of_the_stored_encoder_is_named(tiny_annotations, tmp_path):
+    with damaged(tiny_annotations, tmp_path) as file:
+        file[ENCODER].attrs["config"] = '{"name": "resnet18", "colour": "red"}'
+    with pytest.raises(ValueError, match=r"x\.h5: encoder: .*colour"):
+        CaptionData(tmp_path / "x.h5")
+
+
+def test_an_unknown_or_empty_split_names_those_that_are_there(tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=r"no images of split 'dev'; there are train, val, test"):
+        CaptionData(tiny_data).indices("dev")
+    with damaged(tiny_data, tmp_path) as file:
+        file["image/split"][()] = 1
+    with pytest.raises(ValueError, match=r"x\.h5: no images of split 'train'; there are val$"):
+        CaptionData(tmp_path / "x.h5").indices("train")

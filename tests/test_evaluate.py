@@ -1,0 +1,191 @@
+"""python -m captioning.evaluate: a checkpoint on a data file, and anyone's captions."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioning.config import EncoderConfig
+from captioning.data import CaptionData
+from captioning.evaluate import main
+from captioning.metrics import java_found
+from captioning.models.captioner import CaptioningModel
+from captioning.models.encoder import build_encoder
+from preprocess.build import BuildSettings, build
+from preprocess.sources import shapes
+
+KEYS = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
+
+
+@pytest.fixture
+def call(capsys):
+    """Calls main; returns the exit code, the lines of standard output and those of standard error."""
+
+    def run(*words: object) -> tuple[int, list[str], list[str]]:
+        code = main([*map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """As on a machine without Java, whose start takes seconds."""
+    monkeypatch.setattr("captioning.metrics.java_found", lambda: False)
+
+
+@pytest.fixture
+def references(tiny_data: Path, tmp_path: Path) -> Path:
+    """The references of the val split, as a JSON mapping."""
+    data = CaptionData(tiny_data)
+    path = tmp_path / "references.json"
+    path.write_text(json.dumps({data.names[i]: data.references(i) for i in data.indices("val").tolist()}))
+    return path
+
+
+@pytest.mark.slow
+def test_a_split_is_captioned_and_scored(call, tiny_checkpoint, tiny_data):
+    code, out, err = call(
+        "--checkpoint", tiny_checkpoint, "--data", tiny_data, "--tokenizer", "python", "--device", "cpu"
+    )
+    scores = json.loads(out[-1])
+    assert (code, err) == (0, [])
+    assert [key for key in scores if key in KEYS] == KEYS
+    assert ("METEOR" in scores) == java_found()
+    assert all(0 <= scores[key] <= 10 for key in KEYS)
+    assert (scores["images"], scores["split"], scores["beam_size"]) == (4, "val", 5)
+    table = "\n".join(out[:-1])
+    for key in KEYS:
+        assert re.search(rf"{key}\s+{scores[key]:.4f}", table)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_results_scored_again_give_the_same_numbers(call, tiny_checkpoint, tiny_data, references, tmp_path):
+    words = ("--tokenizer", "python")
+    _, out, _ = call(
+        "--checkpoint", tiny_checkpoint, "--data", tiny_data, "--output", tmp_path / "new" / "r.json", *words
+    )
+    rows = json.loads((tmp_path / "new" / "r.json").read_text())
+    data = CaptionData(tiny_data)
+    assert [row["image_id"] for row in rows] == [data.names[i] for i in data.indices("val")]
+    assert all(set(row) == {"image_id", "caption"} for row in rows)
+    code, again, _ = call("--results", tmp_path / "new" / "r.json", "--references", references, *words)
+    first, second = json.loads(out[-1]), json.loads(again[-1])
+    assert code == 0
+    assert {key: second[key] for key in (*KEYS, "images")} == {key: first[key] for key in (*KEYS, "images")}
+
+
+@pytest.mark.usefixtures("no_java")
+def test_perfect_captions_score_one(call, references, tmp_path):
+    truth = json.loads(references.read_text())
+    (tmp_path / "r.json").write_text(json.dumps([{"image_id": key, "caption": truth[key][0]} for key in truth]))
+    _, out, _ = call("--results", tmp_path / "r.json", "--references", references, "--tokenizer", "python")
+    scores = json.loads(out[-1])
+    assert [scores[key] for key in KEYS[:5]] == pytest.approx([1] * 5, abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_another_split_and_a_limit(call, tiny_checkpoint, tiny_data, tmp_path):
+    words = ("--split", "train", "--limit", 3, "--beam-size", 1, "--batch-size", 2, "--tokenizer", "python")
+    _, out, _ = call("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--output", tmp_path / "r.json", *words)
+    data = CaptionData(tiny_data)
+    names = [row["image_id"] for row in json.loads((tmp_path / "r.json").read_text())]
+    assert names == [data.names[i] for i in data.indices("train")[:3]]
+    assert json.loads(out[-1])["images"] == 3
+
+
+def captions_of(call, checkpoint: Path, data: Path, path: Path) -> list[str]:
+    words = ("--output", path, "--beam-size", 1, "--max-length", 4, "--tokenizer", "python")
+    code, _, err = call("--checkpoint", checkpoint, "--data", data, *words)
+    assert (code, err) == (0, [])
+    return [row["caption"] for row in json.loads(path.read_text())]
+
+
+@pytest.mark.usefixtures("no_java")
+def test_pixels_and_annotation_vectors_give_the_same_captions(
+    call, tiny_checkpoint, tiny_data, tiny_annotations, tmp_path
+):
+    one, other = (
+        captions_of(call, tiny_checkpoint, data, tmp_path / "r.json") for data in (tiny_data, tiny_annotations)
+    )
+    assert one == other
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_checkpoint_in_half_precision_still_fits_its_annotation_vectors(
+    call, tiny_checkpoint, tiny_annotations, tmp_path
+):
+    save_checkpoint(tmp_path / "half", load_checkpoint(tiny_checkpoint), half=True)
+    assert len(captions_of(call, tmp_path / "half", tiny_annotations, tmp_path / "r.json")) == 4
+
+
+@pytest.mark.usefixtures("no_java")
+def test_pixels_of_another_size_are_resized(call, tiny_checkpoint, tmp_path):
+    settings = BuildSettings(image_size=48, min_count=1)
+    build(shapes(10), {"name": "shapes"}, settings, output=tmp_path / "48.h5", device="cpu", workers=0)
+    assert len(captions_of(call, tiny_checkpoint, tmp_path / "48.h5", tmp_path / "r.json")) == 1
+
+
+def other_weights(checkpoint: Checkpoint) -> Checkpoint:
+    torch.manual_seed(7)
+    encoder, _ = build_encoder(checkpoint.encoder)
+    return Checkpoint(
+        CaptioningModel(encoder, checkpoint.model.decoder),
+        checkpoint.encoder,
+        checkpoint.decoder,
+        checkpoint.vocabulary,
+    )
+
+
+def test_annotation_vectors_of_another_encoder_are_refused(call, tiny_checkpoint, tiny_annotations, tmp_path):
+    save_checkpoint(tmp_path / "other", other_weights(load_checkpoint(tiny_checkpoint)))
+    code, out, err = call("--checkpoint", tmp_path / "other", "--data", tiny_annotations)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "annotations.h5 stores annotation vectors of another encoder than the checkpoint's (resnet18)" in err[0]
+    assert "preprocess the photos without --encoder" in err[0]
+
+
+def test_annotation_vectors_of_another_network_are_refused(call, tiny_checkpoint, tmp_path):
+    encoder = EncoderConfig("mobilenet_v2", layer="features.4", weights=None, image_size=32)
+    settings = BuildSettings(image_size=32, min_count=1)
+    build(shapes(10), {}, settings, output=tmp_path / "x.h5", encoder=encoder, device="cpu", workers=0)
+    code, _, err = call("--checkpoint", tiny_checkpoint, "--data", tmp_path / "x.h5")
+    assert (code, len(err)) == (2, 1)
+    assert "of another encoder than the checkpoint's (mobilenet_v2)" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "give --checkpoint and --data, or --results and --references"),
+        (["--checkpoint", "CHECKPOINT"], "give --checkpoint and --data"),
+        (["--results", "r.json"], "--results and --references go together"),
+        (["--results", "absent.json", "--references", "absent.json"], r"absent\.json"),
+        (["--results", ".", "--references", "."], "directory"),
+        (["--checkpoint", "absent", "--data", "DATA"], "absent: no checkpoint folder, nor one of the pretrained"),
+        (["--checkpoint", "CHECKPOINT", "--data", "absent.h5"], r"absent\.h5: no such data file"),
+        (["--checkpoint", "CHECKPOINT", "--data", "DATA", "--beam-size", "0"], "beam_size must be positive"),
+        (["--checkpoint", "CHECKPOINT", "--data", "DATA", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--checkpoint", "CHECKPOINT", "--data", "DATA", "--limit", "-1"], "--limit not negative"),
+        (["--checkpoint", "CHECKPOINT", "--data", "DATA", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(call, tiny_checkpoint, tiny_data, words, named):
+    there = {"CHECKPOINT": tiny_checkpoint, "DATA": tiny_data}
+    code, out, err = call(*(there.get(word, word) for word in words))
+    assert (code, out, len(err)) == (2, [], 1)
+    assert re.search(named, err[0])
+
+
+def test_the_real_command_prints_no_traceback(tmp_path, tiny_checkpoint):
+    (tmp_path / "x.h5").write_text("no data")
+    words = ["-m", "captioning.evaluate", "--checkpoint", tiny_checkpoint, "--data", tmp_path / "x.h5"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"evaluate: .*x\.h5: not an HDF5 file: .*\n", done.stderr)

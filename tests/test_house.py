@@ -1,0 +1,198 @@
+"""The habits of this code: who may import whom, how long a module is, and what lies in the repository."""
+
+import ast
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(path for room in ("captioning", "preprocess") for path in (ROOT / room).rglob("*.py"))
+SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+
+# The order of import: a module may import those of earlier rows, and of its own row those that stand before it.
+ORDER = (
+    ("files", "config", "tokenization"),
+    ("vocabulary", "images", "results"),
+    ("data",),
+    ("models.alignment", "models.attention", "models.decoder", "models.encoder", "models.captioner", "models"),
+    ("losses", "decoding", "checkpoint", "optimization", "metrics"),
+    ("api", "evaluate", "run", "training"),
+)
+# These take arrays and strings: all that they may import of the package.
+LEAVES = {
+    "metrics": {"tokenization"},
+    "diagnostics": set[str](),
+    "visualize_scene": set[str](),
+    "visualize_html": {"visualize_scene"},
+    "visualize": {"visualize_scene", "visualize_html"},
+}
+# Rooms that must not know of each other, whatever the order allows.
+APART = {
+    "data": {"images"},
+    "losses": {"data", "config", "checkpoint"},
+    "decoding": {"data", "images", "checkpoint", "models.encoder", "models.captioner"},
+    **{f"models.{name}": {"data", "images", "results"} for name in ("alignment", "attention", "decoder", "encoder")},
+}
+
+
+def name_of(path: Path) -> str:
+    """captioning/models/encoder.py -> captioning.models.encoder."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """All modules that a file imports, also inside functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports by a relative path"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = {name_of(module) for module in MODULES}
+            found |= (inner & known) or {str(node.module)}
+    return frozenset(found)
+
+
+def own(path: Path) -> set[str]:
+    """Which modules of `captioning` a file imports, without that prefix."""
+    return {name.removeprefix("captioning.") for name in imports(path) if name.startswith("captioning.")}
+
+
+def parts_of_captioning() -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / "captioning").rglob("*.py")):
+        name = name_of(path).removeprefix("captioning.")
+        if name != "captioning":
+            yield name, path
+
+
+def test_captioning_never_imports_preprocess():
+    for path in (ROOT / "captioning").rglob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] == "preprocess"], path.name
+
+
+def test_modules_import_only_earlier_ones():
+    ranks = {name: rank for rank, name in enumerate(name for row in ORDER for name in row)}
+    for name, path in parts_of_captioning():
+        if name in LEAVES:
+            continue
+        assert name in ranks, f"{name} has no place in the order of imports"
+        later = {other for other in own(path) if ranks.get(other, len(ranks)) >= ranks[name]}
+        assert not later, f"{name} imports {', '.join(sorted(later))}"
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_what_takes_arrays_imports_no_other_room(name):
+    path = ROOT / "captioning" / f"{name}.py"
+    if path.exists():
+        assert own(path) <= LEAVES[name]
+
+
+@pytest.mark.parametrize("name", APART)
+def test_rooms_stay_apart(name):
+    assert not own(ROOT / "captioning" / Path(*name.split(".")).with_suffix(".py")) & APART[name]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_is_longer_than_a_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_is_a_drawer_for_odds_and_ends(path):
+    assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+
+
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=name_of)
+def test_nothing_needs_a_display_or_unpickles(path):
+    assert not {"matplotlib.pyplot", "pylab", "matplotlib.pylab", "pickle5", "dill", "joblib"} & imports(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+        ):
+            call = f"{node.func.value.id}.{node.func.attr}"
+            assert call not in ("pickle.load", "pickle.loads")
+            if call == "torch.load":
+                assert "weights_only=True" in [ast.unparse(keyword) for keyword in node.keywords]
+
+
+@cache
+def tracked() -> list[Path]:
+    """The files that git knows, of those that are there."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout")
+    done = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"git ls-files: {done.stderr.strip()}")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_photo_weights_or_data_are_in_the_repository():
+    photos = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    weights = {".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".h5", ".hdf5", ".pkl", ".npz", ".npy", ".zip", ".tar"}
+    for path in tracked():
+        inside = path.relative_to(ROOT)
+        assert path.suffix.lower() not in photos, inside
+        if path.suffix.lower() in weights:
+            assert inside.parts[:2] == ("captioning", "pretrained"), inside
+
+
+def test_large_files_are_pretrained_checkpoints_only():
+    for path in tracked():
+        inside = path.relative_to(ROOT)
+        assert path.stat().st_size < 1_000_000 or inside.parts[:2] == ("captioning", "pretrained"), inside
+
+
+def text_of(path: Path) -> str:
+    """A file's text; empty for what is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def test_no_path_of_one_machine_is_written_down():
+    homes = re.compile(r"(?<![\w.~}/-])/(?:work|home|Users|root|mnt|workspace)/\w")
+    found = [(path.name, line) for path in tracked() for line in text_of(path).splitlines() if homes.search(line)]
+    assert found == []
+
+
+def test_every_relative_link_leads_to_a_file():
+    broken = []
+    for path in tracked():
+        if path.suffix != ".md":
+            continue
+        text = re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL)
+        for target in re.findall(r"\]\(<?([^)\s>]+)", text):
+            place = target.split("#")[0]
+            if place and not re.match(r"[a-z]+:", place) and not (path.parent / place).exists():
+                broken.append(f"{path.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_requirements_pin_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = {re.split(r"[\[<>=~! ;]", requirement)[0] for group in groups for requirement in group}
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.split("==")[0] for line in lines if line and not line.startswith("#")}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!]+", line) for line in lines if line and not line.startswith("#"))
+    assert named - {project["name"]} == pinned
+
+
+def test_no_exception_is_caught_without_a_name():
+    for path in [*MODULES, *SCRIPTS]:
+        handlers = [
+            n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ExceptHandler)
+        ]
+        assert all(handler.type is not None for handler in handlers), f"{path.name} has a bare except"
