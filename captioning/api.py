@@ -92,6 +92,8 @@ class Captioner:
         self, images: Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: int | float | bool
     ) -> Iterator[Caption]:
         """As `caption`, but yielding each batch when it is done: for more images than memory holds."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
         config = search_config(**options)
         generator = torch.Generator(self.device).manual_seed(seed)
         for start in range(0, len(images), batch_size):

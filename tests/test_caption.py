@@ -289,3 +289,9 @@ def test_a_wrong_array_is_refused(tiny_checkpoint, value, named):
 def test_a_misspelt_option_names_those_there_are(tiny_checkpoint, photos):
     with pytest.raises(ValueError, match="unknown option 'beams'; allowed: beam_size, "):
         load_captioner(tiny_checkpoint).caption(photos / "a.png", beams=3)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(tiny_checkpoint, photos, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1 \\(got {batch_size}\\)"):
+        load_captioner(tiny_checkpoint).caption(photos / "a.png", batch_size=batch_size)
