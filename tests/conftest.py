@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from torch import nn
 
 install_import_hook(["captioning", "preprocess"], "beartype.beartype")
 
 from captioning.checkpoint import Checkpoint, build_model, save_checkpoint  # noqa: E402  hooked imports come after
 from captioning.config import DecoderConfig, EncoderConfig  # noqa: E402
 from captioning.data import CaptionData  # noqa: E402
+from captioning.vocabulary import END, START  # noqa: E402
 from preprocess.build import BuildSettings, build  # noqa: E402
 from preprocess.sources import shapes  # noqa: E402
 
@@ -53,13 +55,30 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_annotations: 
     assert data.encoder is not None
     torch.manual_seed(2)
     model, encoder = build_model(data.encoder, TINY_DECODER, len(data.vocabulary), encoder_state=data.encoder_state())
-    with torch.no_grad():  # far from zero its words differ from image to image; some captions end and some do not
-        for parameter in model.decoder.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
+    _make_talkative(model.decoder)
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     save_checkpoint(folder, Checkpoint(model, encoder, TINY_DECODER, data.vocabulary, {"about": "untrained"}))
     return folder
+
+
+def _make_talkative(decoder: nn.Module) -> None:
+    """Weights far from zero, so that captions differ from image to image, and never an empty one, whatever the words.
+
+    The first entry of the deep output's hidden vector knows only whether a caption has begun: tanh(-20) = -1 after
+    <start> and tanh(0.02) = 0.02 after a word. It enters the logit of <end> alone, as -20 and +0.4.
+    """
+    weights = dict(decoder.named_parameters())
+    with torch.no_grad():
+        for weight in weights.values():
+            if weight.dim() > 1:
+                weight.mul_(5)
+        for name in ("L_h.weight", "L_h.bias", "L_z.weight"):
+            weights[name][0] = 0
+        weights["lstm_word.weight"][:, 0] = 0
+        weights["E.weight"][:, 0] = 0.02
+        weights["E.weight"][START, 0] = -20
+        weights["L_o.weight"][:, 0] = 0
+        weights["L_o.weight"][END, 0] = 20
 
 
 def _build_shapes(output: Path, encoder: EncoderConfig | None) -> Path:
