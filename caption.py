@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from captioning import Caption, Captioner, load_captioner
-from captioning.checkpoint import fresh_file
 from captioning.config import SearchConfig, one_line
+from captioning.files import fresh_file
 from captioning.images import EXTENSIONS, open_image, to_array
 
 

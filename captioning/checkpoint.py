@@ -6,8 +6,7 @@ While a run goes on, its training state lies beside them (training.safetensors, 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from captioning.config import DecoderConfig, EncoderConfig, from_dict, one_line, to_dict
+from captioning.files import fresh_file
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import build_decoder
 from captioning.models.encoder import build_encoder
@@ -203,17 +203,6 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object, readable and in one step."""
     with fresh_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def fresh_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends well and vanishes when it does not."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def fresh_folder(folder: Path) -> Path:

@@ -190,7 +190,8 @@ class CaptionDataset(Dataset[tuple[Tensor, list[np.ndarray]]]):
 
     def __init__(self, data: CaptionData, *, image_size: int = 0, augment: str = "none"):
         self.data = data
-        self.transform = build_augmentation(augment, image_size) if data.kind == PIXELS else None
+        same = augment == "none" and data.image_shape[0] == image_size
+        self.transform = None if same or data.kind == ANNOTATIONS else build_augmentation(augment, image_size)
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, list[np.ndarray]]:
         image = self.data.image(sample.image)

@@ -4,11 +4,11 @@ An image's key is a string everywhere here: COCO's `image_id` in decimal, or a f
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from captioning.files import fresh_file
 
 
 def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, str]) -> None:
@@ -20,16 +20,8 @@ def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, s
     """
     path = Path(path)
     rows = [{"image_id": key, "caption": caption} for key, caption in captions.items()]
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(rows, file, ensure_ascii=False, indent=0)
-            file.write("\n")
-        os.chmod(unfinished, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    with fresh_file(path) as partial:
+        partial.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 
 def read_results(path: str | Path) -> dict[str, str]:

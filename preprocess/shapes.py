@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from pycocotools import mask as coco_mask
 
-KINDS = ("circle", "square", "triangle", "star", "heart", "cross")
+KINDS = ("circle", "square", "triangle", "star", "heart")
 COLOURS = {
     "red": (222, 62, 58),
     "yellow": (246, 196, 40),
     "green": (62, 164, 88),
     "blue": (54, 118, 218),
     "purple": (132, 74, 186),
-    "pink": (250, 150, 194),
-    "black": (46, 49, 60),
 }
 RADII = {"small": (0.110, 0.120), "large": (0.180, 0.190)}  # lowest and highest radius of the circle around a thing
 BACKGROUNDS = {  # tints at the top and at the bottom of the picture
@@ -41,7 +39,7 @@ MARGIN = 0.02  # free space between a thing and the edge of the picture, and bet
 MAX_ANGLE = 0.15  # radians by which a thing may lean
 SMALLEST_PICTURE = 16  # pixels; below it a small thing has no shape
 
-_THINGS = ((1, 0.20), (2, 0.35), (3, 0.30), (4, 0.15))  # how many things, and how often
+_THINGS = ((1, 0.25), (2, 0.45), (3, 0.30))  # how many things, and how often
 _GROUP_SHARE = 0.40  # of the scenes with room for it, how many hold a group of equal things
 _LARGE_SHARE = 0.45
 _TRIES = 20  # random cells are drawn this often before the four corners, which always fit, are taken
@@ -289,15 +287,10 @@ def _unit_outline(kind: str) -> NDArray[np.float64]:
             outline = _rounded([(1.0, 1.0), (-1.0, 1.0), (-1.0, -1.0), (1.0, -1.0)], 0.12)
         case "triangle":
             outline = _rounded([(np.sin(a), -np.cos(a)) for a in np.arange(3) * 2 * np.pi / 3], 0.08)
-        case "star":
+        case _:  # star
             tips = np.arange(10) * np.pi / 5
             lengths = np.where(np.arange(10) % 2, 0.48, 1.0)
             outline = _rounded([(r * np.sin(a), -r * np.cos(a)) for a, r in zip(tips, lengths, strict=True)], 0.12)
-        case _:  # cross
-            arm = [(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)]
-            quarters = [(0, 1), (1, 0), (0, -1), (-1, 0)]
-            corners = [(c * x - s * y, c * y + s * x) for s, c in quarters for x, y in arm]
-            outline = _rounded(corners, 0.12)
     return outline / np.linalg.norm(outline, axis=1).max()
 
 

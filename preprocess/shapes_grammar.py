@@ -42,7 +42,7 @@ FORMS = (  # {one}: "a ...", {many}: "two ..." or "three ..."; {other}: either
     "{many} and {other}",
 )
 COUNTS = {"a": 1, "two": 2, "three": 3}
-PLURALS = {kind: "crosses" if kind == "cross" else f"{kind}s" for kind in KINDS}
+PLURALS = {kind: f"{kind}s" for kind in KINDS}
 PLACES: dict[str, Callable[[Thing], bool]] = {
     "in the top left": lambda thing: thing.x <= EDGE and thing.y <= EDGE,
     "in the top right": lambda thing: thing.x >= 1 - EDGE and thing.y <= EDGE,

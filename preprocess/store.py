@@ -31,6 +31,7 @@ from captioning.data import (
     VOCABULARY,
     WORDS,
 )
+from captioning.files import fresh_file
 from captioning.vocabulary import Vocabulary
 from preprocess.sources import Record
 
@@ -128,12 +129,9 @@ def _flush(file: BinaryIO) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a text file beside its name first, so that it is there whole or not at all."""
-    beside = path.with_name(f"{path.name}.part")
-    with open(beside, "wb") as file:
-        file.write(content.encode())
-        _flush(file)
-    os.replace(beside, path)
+    """Write a text file that is there whole or not at all."""
+    with fresh_file(path) as partial:
+        partial.write_bytes(content.encode())
 
 
 class Captions(NamedTuple):
