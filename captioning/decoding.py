@@ -155,7 +155,8 @@ def beam_search(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfi
     beat its `beam_size` best finished ones; its result depends on no other image.
 
     Returns:
-        For every image up to `beam_size` hypotheses, best first. Only where END never came, the best open one, marked.
+        For every image up to `beam_size` hypotheses, best first. Where END came less often than `num_captions` asks,
+        the best open ones follow, marked.
     """
     n, width = len(a), config.beam_size
     memory = decoder.prepare(a)
@@ -221,17 +222,18 @@ def _mark_done(
 def _add_open(
     finished: list[list[_Ending]], traces: list[_Trace], totals: Float[Tensor, "N B"], config: SearchConfig
 ) -> None:
-    """Where nothing finished, the best open row stands in."""
+    """Where fewer finished than were asked for, and at least one must come out, the best open rows stand in."""
     time = min(config.max_length, len(traces)) - 1
     for i, endings in enumerate(finished):
-        if not endings:
-            row = int(totals[i].argmax())
-            score = _rank(float(totals[i, row]), time + 1, config)
-            endings.append(_Ending(score, time, int(traces[time].slots[i, row]), False))
+        lacking = max(config.num_captions - len(endings), 0)
+        for total, row in zip(*(x.tolist() for x in totals[i].topk(min(lacking, config.beam_size))), strict=True):
+            if total > -torch.inf:
+                endings.append(_Ending(_rank(total, time + 1, config), time, int(traces[time].slots[i, row]), False))
 
 
-def _by_score(ending: _Ending) -> float:
-    return -ending.score
+def _by_score(ending: _Ending) -> tuple[bool, float]:
+    """Finished ones first, the best first."""
+    return not ending.finished, -ending.score
 
 
 def _rank(total: float, length: int, config: SearchConfig) -> float:

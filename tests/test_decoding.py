@@ -141,6 +141,15 @@ def test_without_an_end_the_best_open_caption_is_returned_and_marked(method):
     assert not found[0][0].finished
 
 
+def test_open_captions_fill_up_the_n_best_list_after_the_finished_ones():
+    table = torch.full((6, 6), 1e-30)
+    table[START, 4], table[START, 5], table[4, END], table[5, 5] = 0.2, 0.8, 1.0, 1.0
+    found = beam_search(
+        TableDecoder(table), torch.zeros(1, 1, 1), SearchConfig(beam_size=2, max_length=3, num_captions=2)
+    )[0]
+    assert [(h.ids, h.finished) for h in found] == [((4, END), True), ((5, 5, 5), False)]
+
+
 def test_the_longest_caption_may_still_end():
     table = torch.full((6, 6), 1e-30)
     table[START, 4] = table[4, 5] = table[5, END] = 1.0
