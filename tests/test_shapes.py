@@ -177,8 +177,8 @@ def test_each_thing_shows_its_colour_at_the_centroid_of_its_mask():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mask_is_what_the_picture_shows(kind):
-    # Purple (luminance 104) on cream (245): a pixel at least half covered is darker than the middle between the two. The soft shadow darkens
-    # some half-covered pixels below the thing, hence the few that may differ.
+    # Purple (luminance 104) on cream (245): a pixel at least half covered is darker than the middle between the two.
+    # The soft shadow darkens some half-covered pixels below the thing, hence the few that may differ.
     scene = Scene((Thing(kind, "purple", "large", x=0.5, y=0.4, radius=0.18, angle=0.1),))
     mask = scene.mask(0, 224)
     dark = np.asarray(scene.render(224).convert("L")) < (104 + 245) / 2
