@@ -39,7 +39,7 @@ MARGIN = 0.02  # free space between a thing and the edge of the picture, and bet
 MAX_ANGLE = 0.15  # radians by which a thing may lean
 SMALLEST_PICTURE = 16  # pixels; below it a small thing has no shape
 
-_THINGS = ((1, 0.25), (2, 0.45), (3, 0.30))  # how many things, and how often
+_THINGS = ((1, 0.30), (2, 0.45), (3, 0.25))  # how many things, and how often
 _GROUP_SHARE = 0.40  # of the scenes with room for it, how many hold a group of equal things
 _LARGE_SHARE = 0.45
 _TRIES = 20  # random cells are drawn this often before the four corners, which always fit, are taken
