@@ -74,7 +74,8 @@ def start(settings: Settings) -> Run:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     output = Path(settings.output)
-    recover_folder(output / "last")
+    for name in ("last", "best"):
+        recover_folder(output / name)
     state = TrainingState.load(output / "last") if settings.resume else None
     if not settings.resume and (output / "last").exists():
         raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
@@ -100,24 +101,9 @@ def start(settings: Settings) -> Run:
     if average is not None:
         average.to(accelerator.device)
     batches = len(plan(settings, data, epoch=0))
-    writer = None
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "settings.json", to_dict(settings))
-        writer = SummaryWriter(str(output / "tensorboard"), purge_step=progress.step or None)
-    run = Run(
-        settings,
-        accelerator,
-        data,
-        encoder,
-        model,
-        wrapped,
-        optimizer,
-        average,
-        progress,
-        writer,
-        total_steps=batches * settings.epochs,
-    )
+    writer = open_output(settings, progress) if accelerator.is_main_process else None
+    total = batches * settings.epochs
+    run = Run(settings, accelerator, data, encoder, model, wrapped, optimizer, average, progress, writer, total)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         run,
@@ -125,6 +111,14 @@ def start(settings: Settings) -> Run:
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {settings.precision}",
     )
     return run
+
+
+def open_output(settings: Settings, progress: Progress) -> SummaryWriter:
+    """Make the run's folder, save its settings there, and go on with its curves."""
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "settings.json", to_dict(settings))
+    return SummaryWriter(str(output / "tensorboard"), purge_step=progress.step or None)
 
 
 def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel, EncoderConfig]:

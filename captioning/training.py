@@ -91,9 +91,10 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> None:
         bar.set_postfix_str(f"nll {loss_sum / words_seen:.3f}, {words_seen / elapsed:,.0f} words/s", refresh=False)
         bar.update()
         due = settings.save_every and progress.step % settings.save_every == 0
-        if due or asked_to_stop(run, stop):
+        stopping = asked_to_stop(run, stop)  # at every step: all processes must take part in the question
+        if due or stopping:
             save_last(run)
-        if stop["now"]:
+        if stopping:
             bar.close()
             raise Interrupted(f"stopped at step {progress.step}; go on with the same command and --resume true")
     bar.close()
