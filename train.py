@@ -11,7 +11,7 @@ Every setting can be overridden (`--help` lists them), and an interrupted run go
 import sys
 from collections.abc import Sequence
 
-from captioning.config import parse_settings
+from captioning.settings import parse_settings
 from captioning.training import Interrupted, train
 
 

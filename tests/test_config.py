@@ -16,15 +16,13 @@ from captioning.config import (
     Settings,
     ValidationConfig,
     from_dict,
-    parse_settings,
-    recipe_path,
-    recipes,
     to_dict,
 )
 from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import ATTENTIONS, build_gate
 from captioning.models.decoder import DECODERS
 from captioning.optimization import OPTIMIZERS, learning_rate_factor
+from captioning.settings import parse_settings, recipe_path, recipes
 
 REQUIRED = ["--data", "d.h5", "--output", "runs/x"]
 CONFIGS = (EncoderConfig, DecoderConfig, LossConfig, OptimizerConfig, SearchConfig, ValidationConfig)

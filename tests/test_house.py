@@ -18,7 +18,7 @@ SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"
 # The order of import: a module may import those of earlier rows, and of its own row those that stand before it.
 ORDER = (
     ("files", "config", "tokenization"),
-    ("vocabulary", "images", "results"),
+    ("vocabulary", "images", "results", "settings"),
     ("data",),
     ("models.alignment", "models.attention", "models.decoder", "models.encoder", "models.captioner", "models"),
     ("losses", "decoding", "checkpoint", "optimization", "metrics"),

@@ -1,0 +1,58 @@
+"""From a command line to `config.Settings`: recipes by name or path, and every setting as an option."""
+
+import importlib.resources
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from captioning.config import Settings, one_line
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(importlib.resources.files("captioning"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(name_or_path: str) -> str:
+    """A recipe's file, from its name or from a path.
+
+    Raises:
+        FileNotFoundError: naming the recipes there are.
+    """
+    if name_or_path in recipes():
+        return str(recipes()[name_or_path])
+    if Path(name_or_path).is_file():
+        return name_or_path
+    raise FileNotFoundError(f"--config {name_or_path}: no such file or recipe; recipes are {', '.join(recipes())}")
+
+
+def settings_parser() -> ArgumentParser:
+    """The parser of `train.py`: a recipe (--config) whose every setting can be overridden (--loss.lambda_ds 0.5)."""
+    parser = ArgumentParser(prog="train.py", description="Train a captioner.", exit_on_error=False, allow_abbrev=False)
+    names = ", ".join(recipes())
+    parser.add_argument("--config", action="config", help=f"recipe: a name ({names}) or a YAML file")
+    parser.add_class_arguments(Settings, as_group=False)
+    return parser
+
+
+def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line.
+
+    Raises:
+        ValueError, FileNotFoundError: one line that names the setting.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words[:-1]:  # the recipe is read first, whatever its place, so that every other word overrides it
+        i = words.index("--config")
+        words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]
+    parser = settings_parser()
+    try:
+        values = parser.instantiate(parser.parse_args(words)).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(one_line(error)) from error
+    values.pop("config", None)
+    return Settings(**values)
