@@ -20,7 +20,8 @@ ORDER = (
     ("files", "config", "tokenization"),
     ("vocabulary", "images", "results", "settings"),
     ("data",),
-    ("models.alignment", "models.attention", "models.decoder", "models.encoder", "models.captioner", "models"),
+    ("models.multihead", "models.alignment", "models.attention", "models.decoder"),
+    ("models.encoder", "models.captioner", "models"),
     ("losses", "decoding", "checkpoint", "optimization", "metrics"),
     ("api", "evaluate", "run", "training"),
 )
@@ -37,7 +38,10 @@ APART = {
     "data": {"images"},
     "losses": {"data", "config", "checkpoint"},
     "decoding": {"data", "images", "checkpoint", "models.encoder", "models.captioner"},
-    **{f"models.{name}": {"data", "images", "results"} for name in ("alignment", "attention", "decoder", "encoder")},
+    **{
+        f"models.{name}": {"data", "images", "results"}
+        for name in ("multihead", "alignment", "attention", "decoder", "encoder")
+    },
 }
 
 
