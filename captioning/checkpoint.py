@@ -18,8 +18,8 @@ from torch import Tensor
 from captioning.config import DecoderConfig, EncoderConfig, from_dict, one_line, to_dict
 from captioning.files import fresh_file
 from captioning.models.captioner import CaptioningModel
-from captioning.models.decoder import build_decoder
 from captioning.models.encoder import build_encoder
+from captioning.models.registry import build_decoder
 from captioning.vocabulary import Vocabulary
 
 FORMAT = 1

@@ -20,7 +20,7 @@ from captioning.config import (
 )
 from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import ATTENTIONS, build_gate
-from captioning.models.decoder import DECODERS
+from captioning.models.registry import DECODERS
 from captioning.optimization import OPTIMIZERS, learning_rate_factor
 from captioning.settings import parse_settings, recipe_path, recipes
 

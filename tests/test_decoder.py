@@ -9,7 +9,8 @@ import torch
 from captioning.config import DecoderConfig
 from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import ATTENTIONS
-from captioning.models.decoder import DECODERS, Decoder, build_decoder
+from captioning.models.decoder import Decoder
+from captioning.models.registry import DECODERS, build_decoder
 from captioning.vocabulary import END, PAD, START
 
 VOCABULARY, DIM, LOCATIONS = 11, 6, 5

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from captioning.config import DecoderConfig, SearchConfig
 from captioning.decoding import beam_search, greedy, nucleus, sample, search
-from captioning.models.decoder import Decoder, Step, build_decoder
+from captioning.models.decoder import Decoder, Step
+from captioning.models.registry import build_decoder
 from captioning.vocabulary import END, PAD, START, UNK
 
 

@@ -15,7 +15,8 @@ from captioning.models.alignment import (
     ScaledDotAlignment,
 )
 from captioning.models.attention import Gate, OpenGate, SoftAttention
-from captioning.models.decoder import AttentionLSTM, State, build_decoder
+from captioning.models.decoder import AttentionLSTM, State
+from captioning.models.registry import build_decoder
 from captioning.vocabulary import END, PAD, START
 
 

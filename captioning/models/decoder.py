@@ -189,21 +189,22 @@ def _resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor
     return F.pad(x, (0, 0, 0, max(k_wanted - k, 0), 0, max(n_wanted - n, 0))).flatten(0, 1)
 
 
-def build_decoder(config: DecoderConfig, *, vocabulary_size: int, annotation_dim: int) -> Decoder:
-    """The decoder of a config.
+def build_attention(config: DecoderConfig, annotation_dim: int) -> Attention:
+    """The attention of a config, asked by a state of `hidden_dim`.
 
     Raises:
         ValueError: the alignment does not fit the dimensions.
     """
-    return DECODERS[config.name](config, vocabulary_size, annotation_dim)
-
-
-def _build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation_dim: int) -> AttentionLSTM:
     alignment = ALIGNMENTS[config.alignment](
         query_dim=config.hidden_dim, annotation_dim=annotation_dim, dim=config.attention_dim
     )
+    return ATTENTIONS[config.attention](alignment)
+
+
+def build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation_dim: int) -> AttentionLSTM:
+    """The paper's decoder, from a config."""
     return AttentionLSTM(
-        ATTENTIONS[config.attention](alignment),
+        build_attention(config, annotation_dim),
         build_gate(config.gate, hidden_dim=config.hidden_dim, annotation_dim=annotation_dim),
         vocabulary_size=vocabulary_size,
         annotation_dim=annotation_dim,
@@ -214,6 +215,3 @@ def _build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotatio
         annotation_dropout=config.annotation_dropout,
         tie_embeddings=config.tie_embeddings,
     )
-
-
-DECODERS = {"attention_lstm": _build_attention_lstm}
