@@ -15,10 +15,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from captioning.config import DecoderConfig, EncoderConfig, from_dict, one_line, to_dict
+from captioning.config import DecoderConfig, EncoderConfig, RegionEncoderConfig, from_dict, one_line, to_dict
 from captioning.files import fresh_file
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import build_encoder
+from captioning.models.regions import build_region_encoder
 from captioning.models.registry import build_decoder
 from captioning.vocabulary import Vocabulary
 
@@ -34,6 +35,7 @@ class Checkpoint:
         encoder: its encoder's config, with the layer filled in.
         decoder: its decoder's config.
         vocabulary: its words.
+        region_encoder: its region encoder's config.
         about: provenance: settings, data, versions, epoch, scores. Free-form JSON, never needed to load.
     """
 
@@ -41,6 +43,7 @@ class Checkpoint:
     encoder: EncoderConfig
     decoder: DecoderConfig
     vocabulary: Vocabulary
+    region_encoder: RegionEncoderConfig = field(default_factory=RegionEncoderConfig)
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,6 +80,7 @@ def build_model(
     decoder: DecoderConfig,
     vocabulary_size: int,
     *,
+    region_encoder: RegionEncoderConfig | None = None,
     encoder_state: dict[str, Tensor] | None = None,
 ) -> tuple[CaptioningModel, EncoderConfig]:
     """A new model, and its encoder's config with layer and grid filled in.
@@ -85,11 +89,13 @@ def build_model(
         encoder: which CNN; its weights come from `encoder_state` if that is given.
         decoder: which language model.
         vocabulary_size: V.
+        region_encoder: what lies between the two; None for the default.
         encoder_state: weights of the cut network, from a data file or a checkpoint.
     """
     cnn, encoder = build_encoder(encoder, state=encoder_state)
-    language = build_decoder(decoder, vocabulary_size=vocabulary_size, annotation_dim=cnn.dim)
-    return CaptioningModel(cnn, language), encoder
+    regions = build_region_encoder(region_encoder or RegionEncoderConfig(), annotation_dim=cnn.dim, grid=cnn.grid)
+    language = build_decoder(decoder, vocabulary_size=vocabulary_size, annotation_dim=regions.dim)
+    return CaptioningModel(cnn, regions, language), encoder
 
 
 def save_checkpoint(
@@ -111,6 +117,7 @@ def save_checkpoint(
     config = {
         "format": FORMAT,
         "encoder": to_dict(checkpoint.encoder),
+        "region_encoder": to_dict(checkpoint.region_encoder),
         "decoder": to_dict(checkpoint.decoder),
         "about": dict(checkpoint.about),
     }
@@ -137,13 +144,17 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'}: format is {config.get('format')!r}, this version reads {FORMAT}")
     encoder = from_dict(EncoderConfig, config.get("encoder"), f"{folder / 'config.json'}: encoder")
+    regions = config.get("region_encoder", {})  # older checkpoints have none
+    region_encoder = from_dict(RegionEncoderConfig, regions, f"{folder / 'config.json'}: region_encoder")
     decoder = from_dict(DecoderConfig, config.get("decoder"), f"{folder / 'config.json'}: decoder")
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     state = read_tensors(folder / "model.safetensors")
     prefix = "encoder.network."
     cnn_state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     try:
-        model, encoder = build_model(encoder, decoder, len(vocabulary), encoder_state=cnn_state)
+        model, encoder = build_model(
+            encoder, decoder, len(vocabulary), region_encoder=region_encoder, encoder_state=cnn_state
+        )
         load_state(model, state)
     except (RuntimeError, ValueError) as error:
         message = one_line(error)[:300]
@@ -151,7 +162,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             f"{folder / 'model.safetensors'}: does not fit its config and vocabulary: {message}"
         ) from error
     about = config.get("about", {})
-    return Checkpoint(model.eval(), encoder, decoder, vocabulary, about if isinstance(about, dict) else {})
+    about = about if isinstance(about, dict) else {}
+    return Checkpoint(model.eval(), encoder, decoder, vocabulary, region_encoder, about)
 
 
 def load_state(model: CaptioningModel, state: dict[str, Tensor]) -> None:

@@ -61,6 +61,20 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
+class RegionEncoderConfig:
+    """What the annotation vectors go through between the CNN and the decoder.
+
+    Args:
+        name: none (the paper).
+        positions: what tells the vectors their places: none (the paper), learned (one vector per row and per column) or
+            sinusoidal.
+    """
+
+    name: Literal["none"] = "none"
+    positions: Literal["none", "learned", "sinusoidal"] = "none"
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The language model that attends, Xu et al. (2015), section 3.1.2.
 
@@ -212,6 +226,7 @@ class Settings:
         resume: go on where the run in `output` stopped, bit for bit.
         init_from: checkpoint folder to start from: the whole model, or what fits of it.
         encoder: the CNN; must agree with the data file when that stores annotation vectors.
+        region_encoder: what lies between the two.
         decoder: the language model.
         loss: the objective.
         optimizer: the optimiser and its schedule.
@@ -232,6 +247,7 @@ class Settings:
     resume: bool = False
     init_from: str | None = None
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    region_encoder: RegionEncoderConfig = field(default_factory=RegionEncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -23,7 +23,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 def build_optimizer(model: CaptioningModel, config: OptimizerConfig) -> Optimizer:
     """An optimiser over what is trained: the encoder's stages with their own rate; no decay on biases and norms."""
     groups = []
-    for part, peak in ((model.encoder, config.encoder_learning_rate), (model.decoder, config.learning_rate)):
+    language = nn.ModuleList([model.regions, model.decoder])
+    for part, peak in ((model.encoder, config.encoder_learning_rate), (language, config.learning_rate)):
         trained = [p for p in part.parameters() if p.requires_grad]
         for decayed in (True, False):
             parameters = [p for p in trained if (p.dim() > 1) == decayed]

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,10 +125,11 @@ def open_output(settings: Settings, progress: Progress) -> SummaryWriter:
 def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel, EncoderConfig]:
     """The model of the settings: new, or from the checkpoint `init_from`, with the encoder that the data demands."""
     encoder, encoder_state = fit_encoder(settings.encoder, data), None
+    build = partial(build_model, region_encoder=settings.region_encoder)
     if data.kind == ANNOTATIONS:
         encoder_state = data.encoder_state()
     if settings.init_from is None:
-        return build_model(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
+        return build(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
     first = load_checkpoint(checkpoint_folder(settings.init_from))
     if first.vocabulary != data.vocabulary:
         raise ValueError(f"init_from={settings.init_from}: its vocabulary is not that of {data.path}")
@@ -135,9 +137,13 @@ def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel,
         settings.decoder, **{name: getattr(first.decoder, name) for name in vars(first.decoder) if "dropout" in name}
     ):
         raise ValueError(f"init_from={settings.init_from}: its decoder is {first.decoder}; set --decoder alike")
+    if first.region_encoder != settings.region_encoder:
+        raise ValueError(
+            f"init_from={settings.init_from}: its region encoder is {first.region_encoder}; set --region_encoder alike"
+        )
     if encoder_state is None:
         encoder_state = first.model.encoder.network.state_dict()
-    model, encoder = build_model(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
+    model, encoder = build(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
     load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
     return model, encoder
 
@@ -196,7 +202,7 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     encoder = dataclasses.replace(run.encoder, weights=settings["encoder"]["weights"])
-    return Checkpoint(model, encoder, run.settings.decoder, run.data.vocabulary, about)
+    return Checkpoint(model, encoder, run.settings.decoder, run.data.vocabulary, run.settings.region_encoder, about)
 
 
 def save_last(run: Run) -> None:

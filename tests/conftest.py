@@ -57,7 +57,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_annotations: 
     model, encoder = build_model(data.encoder, TINY_DECODER, len(data.vocabulary), encoder_state=data.encoder_state())
     _make_talkative(model.decoder)
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    save_checkpoint(folder, Checkpoint(model, encoder, TINY_DECODER, data.vocabulary, {"about": "untrained"}))
+    save_checkpoint(folder, Checkpoint(model, encoder, TINY_DECODER, data.vocabulary, about={"about": "untrained"}))
     return folder
 
 

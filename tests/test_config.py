@@ -12,6 +12,7 @@ from captioning.config import (
     EncoderConfig,
     LossConfig,
     OptimizerConfig,
+    RegionEncoderConfig,
     SearchConfig,
     Settings,
     ValidationConfig,
@@ -25,7 +26,15 @@ from captioning.optimization import OPTIMIZERS, learning_rate_factor
 from captioning.settings import parse_settings, recipe_path, recipes
 
 REQUIRED = ["--data", "d.h5", "--output", "runs/x"]
-CONFIGS = (EncoderConfig, DecoderConfig, LossConfig, OptimizerConfig, SearchConfig, ValidationConfig)
+CONFIGS = (
+    EncoderConfig,
+    RegionEncoderConfig,
+    DecoderConfig,
+    LossConfig,
+    OptimizerConfig,
+    SearchConfig,
+    ValidationConfig,
+)
 
 
 def words_of(config: type, field: str) -> tuple[str, ...]:

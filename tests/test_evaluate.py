@@ -136,7 +136,7 @@ def other_weights(checkpoint: Checkpoint) -> Checkpoint:
     torch.manual_seed(7)
     encoder, _ = build_encoder(checkpoint.encoder)
     return Checkpoint(
-        CaptioningModel(encoder, checkpoint.model.decoder),
+        CaptioningModel(encoder, checkpoint.model.regions, checkpoint.model.decoder),
         checkpoint.encoder,
         checkpoint.decoder,
         checkpoint.vocabulary,

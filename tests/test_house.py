@@ -21,7 +21,7 @@ ORDER = (
     ("vocabulary", "images", "results", "settings"),
     ("data",),
     ("models.multihead", "models.alignment", "models.attention", "models.decoder"),
-    ("models.registry", "models.encoder", "models.captioner", "models"),
+    ("models.registry", "models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "decoding", "checkpoint", "optimization", "metrics"),
     ("api", "evaluate", "run", "training"),
 )
@@ -40,7 +40,7 @@ APART = {
     "decoding": {"data", "images", "checkpoint", "models.encoder", "models.captioner"},
     **{
         f"models.{name}": {"data", "images", "results"}
-        for name in ("multihead", "alignment", "attention", "decoder", "registry", "encoder")
+        for name in ("multihead", "alignment", "attention", "decoder", "registry", "encoder", "regions")
     },
 }
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder together: pixels (or stored annotation vectors) and words in, logits out."""
+"""Encoder, region encoder and decoder together: pixels (or stored annotation vectors) and words in, logits out."""
 
 import torch
 from jaxtyping import Float, Integer, Shaped
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from captioning.models.decoder import Decoder, Output
 from captioning.models.encoder import Encoder
+from captioning.models.regions import RegionEncoder
 
 
 class CaptioningModel(nn.Module):
@@ -13,18 +14,20 @@ class CaptioningModel(nn.Module):
 
     Args:
         encoder: photo -> annotation vectors.
+        regions: annotation vectors -> annotation vectors.
         decoder: annotation vectors and words -> next words.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder):
+    def __init__(self, encoder: Encoder, regions: RegionEncoder, decoder: Decoder):
         super().__init__()
         self.encoder = encoder
+        self.regions = regions
         self.decoder = decoder
 
     def annotate(self, images: Shaped[Tensor, "N ..."]) -> Float[Tensor, "N L D"]:
         """Annotation vectors of N images, given as uint8 pixels (N, 3, S, S) or as stored vectors (N, L, D)."""
         a = self.encoder(images) if images.dim() == 4 else images
-        return a.to(self.decoder_dtype)
+        return self.regions(a.to(self.decoder_dtype))
 
     def forward(self, images: Shaped[Tensor, "N ..."], words: Integer[Tensor, "N K S"]) -> Output:
         """Teacher forcing, see `Decoder.forward`."""
