@@ -17,18 +17,19 @@ SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"
 
 # The order of import: a module may import those of earlier rows, and of its own row those that stand before it.
 ORDER = (
-    ("files", "config", "tokenization"),
+    ("files", "config", "tokenization", "diagnostics", "word_classes"),
     ("vocabulary", "images", "results", "settings"),
     ("data",),
     ("models.multihead", "models.alignment", "models.attention", "models.decoder"),
     ("models.registry", "models.encoder", "models.regions", "models.captioner", "models"),
-    ("losses", "decoding", "checkpoint", "optimization", "metrics"),
+    ("losses", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
     ("api", "evaluate", "run", "training"),
 )
 # These take arrays and strings: all that they may import of the package.
 LEAVES = {
     "metrics": {"tokenization"},
     "diagnostics": set[str](),
+    "word_classes": set[str](),
     "visualize_scene": set[str](),
     "visualize_html": {"visualize_scene"},
     "visualize": {"visualize_scene", "visualize_html"},

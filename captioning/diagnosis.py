@@ -1,0 +1,310 @@
+"""Run a model over a split and say what its attention does: one table, one line, the numbers.
+
+Nothing here changes the model's weights and mode, or any random state but its own.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from captioning.data import ANNOTATIONS, Batch, CaptionData, Collate, build_augmentation
+from captioning.diagnostics import (
+    as_many_at_random,
+    means_by,
+    movement,
+    mutual_information,
+    normalised_entropy,
+    share_off_argmax,
+    shuffled_mutual_information,
+)
+from captioning.listening import attention_of, forced, replacements
+from captioning.models.captioner import CaptioningModel
+from captioning.models.decoder import Output
+from captioning.tokenization import tokenize
+from captioning.vocabulary import Vocabulary
+from captioning.word_classes import CLASSES, NOUN, classify
+
+CAPTIONS = 5
+"""Captions of an image that are looked at, at most."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a model does with its attention on a split; docs/diagnostics.md says what each number means.
+
+    The fields from `entropy` on are None for a model without attention.
+    """
+
+    images: int
+    words: int
+    nll: float
+    hard: bool = False
+    locations: int | None = None
+    entropy: float | None = None
+    largest: float | None = None
+    off_argmax: float | None = None
+    mutual_information: float | None = None
+    mutual_information_null: float | None = None
+    movement_nouns: float | None = None
+    movement_words: float | None = None
+    entropy_by_class: Mapping[str, float] | None = None
+    share_of_class: Mapping[str, float] | None = None
+    entropy_by_position: Sequence[float] | None = None
+    listening: Mapping[str, float] | None = None
+    gradient_snr: float | None = None
+
+    @property
+    def listening_gap(self) -> float | None:
+        """Nats per word lost when the weights come from another image."""
+        return None if self.listening is None else self.listening["exchanged"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values, rounded, without what is not there."""
+        return {name: _rounded(value) for name, value in asdict(self).items() if value is not None}
+
+    def main_numbers(self) -> dict[str, float]:
+        """The numbers to follow from validation to validation; those that are there."""
+        values = {
+            "entropy": self.entropy,
+            "largest_alpha": self.largest,
+            "mutual_information": self.mutual_information,
+            "mutual_information_null": self.mutual_information_null,
+            "movement_nouns": self.movement_nouns,
+            "movement_words": self.movement_words,
+            "listening_gap": self.listening_gap,
+            "gradient_snr": self.gradient_snr,
+        }
+        return {name: round(value, 4) for name, value in values.items() if value is not None and math.isfinite(value)}
+
+    def line(self) -> str:
+        """One line for the log."""
+        if self.entropy is None:
+            return f"attention: none in this model; nll {self.nll:.4f}"
+        parts = [f"H/ln L {self.entropy:.3f}", f"largest alpha {self.largest:.3f}"]
+        parts.append(f"mutual information {self.mutual_information:.3f} (shuffled {self.mutual_information_null:.3f})")
+        if self.listening is not None:
+            parts += [f"listening gap {self.listening_gap:.4f} nats/word"]
+        if self.gradient_snr is not None:
+            parts.append(f"gradient signal/noise {self.gradient_snr:.2g}")
+        return "attention: " + ", ".join(parts)
+
+    def table(self) -> str:
+        """One readable table."""
+        rows = [("images, words", f"{self.images}, {self.words}"), ("NLL per word", f"{self.nll:.4f}")]
+        if self.entropy is None:
+            return _aligned([*rows, ("attention", "none in this model")])
+        rows += [
+            ("entropy / ln L", f"{self.entropy:.4f}  (L = {self.locations}; uniform: 1)"),
+            *((f"  {name}", _class_row(self, name)) for name in self.entropy_by_class or {}),
+            ("  by position", " ".join(f"{x:.2f}" for x in self.entropy_by_position or ())),
+            ("largest alpha", f"{self.largest:.4f}  (uniform: {1 / (self.locations or 1):.4f})"),
+        ]
+        if self.off_argmax is not None:
+            rows.append(("samples off the argmax", f"{self.off_argmax:.4f}"))
+        rows += [
+            ("mutual information", f"{self.mutual_information:.4f}  (shuffled: {self.mutual_information_null:.4f})"),
+            ("moves between nouns", f"{self.movement_nouns:.4f}  (between random words: {self.movement_words:.4f})"),
+        ]
+        if self.listening is None:
+            rows.append(("listening test", "not possible: this decoder asks no attention word by word"))
+        else:
+            rows += [(f"NLL, {name}", f"{change:+.4f}") for name, change in self.listening.items()]
+        if self.gradient_snr is not None:
+            rows.append(("gradient signal/noise", f"{self.gradient_snr:.3g}"))
+        return _aligned(rows)
+
+
+def _class_row(diagnosis: Diagnosis, name: str) -> str:
+    shares, entropies = diagnosis.share_of_class or {}, diagnosis.entropy_by_class or {}
+    return f"{entropies[name]:.4f}  ({shares[name]:.0%} of the words)"
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rounded(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(x) for x in value]
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+class _Words(NamedTuple):
+    """The words of a split, caption by caption."""
+
+    alphas: Float[Tensor, "W L"]
+    ids: Integer[Tensor, " W"]
+    captions: Integer[Tensor, " W"]
+    positions: Integer[Tensor, " W"]
+
+
+def diagnose(
+    model: CaptioningModel,
+    data: CaptionData,
+    indices: Sequence[int],
+    vocabulary: Vocabulary,
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Diagnosis:
+    """Teacher-force a model over the captions of some images, as it is and under the listening test.
+
+    Args:
+        model: on `device`; it is run in evaluation mode.
+        data: pixels of any size, or annotation vectors of this model's encoder.
+        indices: which images, two or more.
+        vocabulary: the model's words (not the file's).
+        batch_size: images at once; attention is exchanged among them.
+        device: where the model is.
+        seed: of the exchange and of the shuffles.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(indices) < 2:
+        raise ValueError(f"diagnosing attention needs two images or more (got {len(indices)})")
+    generator = torch.Generator().manual_seed(seed)
+    nll: dict[str, float] = {}
+    parts: list[_Words] = []
+    words, hard = 0, False
+    with torch.no_grad(), _evaluating(model):
+        for batch in caption_batches(model, data, indices, vocabulary, batch_size=batch_size):
+            a, targets = model.annotate(batch.images.to(device)), batch.words.to(device)
+            output = model.decoder(a, targets)
+            words += len(output.targets)
+            hard = hard or getattr(output, "locations", None) is not None
+            _add(nll, "as it is", output)
+            if output.alphas is None:
+                continue
+            parts.append(_words_of(output, output.alphas, int(parts[-1].captions[-1]) + 1 if parts else 0))
+            if attention_of(model.decoder) is not None:
+                looked = _looked(output, output.alphas)
+                for name, alphas in replacements(looked, output.mask, model.encoder.grid, generator).items():
+                    with forced(model.decoder, alphas):
+                        _add(nll, name, model.decoder(a, targets))
+    nll = {name: total / words for name, total in nll.items()}
+    own = nll.pop("as it is")
+    if not parts:
+        return Diagnosis(len(indices), words, own)
+    listening = {name: value - own for name, value in nll.items()} or None
+    joined = _Words(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    return Diagnosis(
+        len(indices), words, own, hard=hard, listening=listening, **_numbers(joined, vocabulary, generator, hard=hard)
+    )
+
+
+def caption_batches(
+    model: CaptioningModel, data: CaptionData, indices: Sequence[int], vocabulary: Vocabulary, *, batch_size: int
+) -> Iterator[Batch]:
+    """Images with up to CAPTIONS captions each, in the words of the model; batches of equal size, none of one image."""
+    resize = build_augmentation("none", model.encoder.image_size)
+    collate = Collate(min(CAPTIONS, max(len(data.captions_of(i)) for i in indices)))
+    count = min(-(-len(indices) // batch_size), max(len(indices) // 2, 1))
+    for part in np.array_split(np.asarray(indices), count):
+        items = []
+        for i in part.tolist():
+            image = data.image(i)
+            captions = [np.asarray(vocabulary.encode(tokenize(text))) for text in data.references(i)[:CAPTIONS]]
+            items.append((image if data.kind == ANNOTATIONS else resize(image), captions))
+        yield collate(items)
+
+
+def _add(nll: dict[str, float], name: str, output: Output) -> None:
+    total = F.cross_entropy(output.logits.float(), output.targets, reduction="sum").item()
+    nll[name] = nll.get(name, 0.0) + total
+
+
+def _looked(output: Output, alphas: Float[Tensor, "N K T L"]) -> Float[Tensor, "N K T L"]:
+    """Where the decoder looked: its weights, or its hard locations as weights of one."""
+    locations = getattr(output, "locations", None)
+    if locations is None:
+        return alphas
+    return F.one_hot(locations, alphas.shape[-1]).to(alphas.dtype)
+
+
+def _words_of(output: Output, alphas: Float[Tensor, "N K T L"], first: int) -> _Words:
+    """The real words of a batch, whose captions are numbered from `first`."""
+    rows, positions = output.mask.flatten(0, 1).nonzero().cpu().unbind(dim=1)
+    captions = rows.unique(return_inverse=True)[1] + first
+    return _Words(alphas[output.mask].float().cpu(), output.targets.cpu(), captions, positions)
+
+
+def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, *, hard: bool) -> dict[str, Any]:
+    """The fields of a Diagnosis that follow from the weights and the words."""
+    classes = torch.tensor([CLASSES.index(name) for name in classify(vocabulary.words)])[words.ids]
+    entropies = normalised_entropy(words.alphas)
+    by_class, sizes = means_by(entropies, classes, len(CLASSES))
+    by_position, reached = means_by(entropies, words.positions, int(words.positions.max()) + 1)
+    nouns = classes == CLASSES.index(NOUN)
+    others = as_many_at_random(words.captions, nouns, generator)
+    present = [i for i, size in enumerate(sizes) if size]
+    return {
+        "locations": words.alphas.shape[-1],
+        "entropy": entropies.mean().item(),
+        "largest": words.alphas.amax(dim=-1).mean().item(),
+        "off_argmax": share_off_argmax(words.alphas) if hard else None,
+        "mutual_information": mutual_information(words.alphas, words.ids),
+        "mutual_information_null": shuffled_mutual_information(words.alphas, words.ids, generator),
+        "movement_nouns": movement(words.alphas, words.captions, nouns),
+        "movement_words": movement(words.alphas, words.captions, others),
+        "entropy_by_class": {CLASSES[i]: by_class[i] for i in present},
+        "share_of_class": {CLASSES[i]: sizes[i] / len(words.ids) for i in present},
+        "entropy_by_position": [x for x, n in zip(by_position, reached, strict=True) if n >= reached[0] / 10],
+    }
+
+
+def attention_gradients(
+    model: CaptioningModel,
+    batches: Iterable[Batch],
+    loss: Callable[[Output], Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Float[Tensor, "B P"] | None:
+    """The gradients of a loss of the decoder's output, one per batch, for the parameters of the attention.
+
+    The decoder is in training mode, so that dropout and sampled locations make the noise that training has; the encoder
+    is not, and gets no gradient. None for a decoder without an attention of its own.
+    """
+    attention = attention_of(model.decoder)
+    parameters = [] if attention is None else [p for p in attention.parameters() if p.requires_grad]
+    if not parameters:
+        return None
+    found = []
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), _evaluating(model):
+        torch.manual_seed(seed)
+        for batch in batches:
+            with torch.no_grad():
+                a = model.annotate(batch.images.to(device))
+            model.decoder.train()
+            gradients = torch.autograd.grad(loss(model.decoder(a, batch.words.to(device))), parameters)
+            model.decoder.eval()
+            found.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(found)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module has its own mode again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was

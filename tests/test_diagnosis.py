@@ -1,0 +1,154 @@
+"""A model under diagnosis: what is reported, and that nothing of it is left behind."""
+
+import json
+
+import pytest
+import torch
+
+from captioning.checkpoint import Checkpoint, load_checkpoint
+from captioning.data import CaptionData
+from captioning.diagnosis import Diagnosis, attention_gradients, caption_batches, diagnose
+from captioning.losses import word_nll
+from captioning.models.decoder import Output
+
+
+@pytest.fixture
+def data(tiny_annotations) -> CaptionData:
+    return CaptionData(tiny_annotations)
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint) -> Checkpoint:
+    return load_checkpoint(tiny_checkpoint)
+
+
+def run(checkpoint: Checkpoint, data: CaptionData, **options: int) -> Diagnosis:
+    return diagnose(checkpoint.model, data, data.indices("train").tolist()[:6], checkpoint.vocabulary, **options)
+
+
+def nll(output: Output) -> torch.Tensor:
+    return word_nll(output.logits, output.targets).mean()
+
+
+def test_every_number_is_there_and_plausible(checkpoint, data):
+    found = run(checkpoint, data)
+    assert (found.images, found.locations) == (6, 16)
+    images = data.indices("train").tolist()[:6]
+    assert found.words == sum(len(data.words(c)) + 1 for i in images for c in data.captions_of(i))  # and <end>
+    assert 0 < found.entropy < 1
+    assert 1 / 16 < found.largest < 1
+    assert found.mutual_information > found.mutual_information_null > 0
+    assert set(found.listening) == {"exchanged", "random", "uniform", "centre"}
+    assert set(found.entropy_by_class) >= {"article", "noun", "quality"}
+    assert sum(found.share_of_class.values()) == pytest.approx(1)
+    mean = sum(found.entropy_by_class[name] * share for name, share in found.share_of_class.items())
+    assert mean == pytest.approx(found.entropy)
+    assert json.loads(json.dumps(found.as_dict()))["entropy"] == pytest.approx(found.entropy, abs=1e-4)
+
+
+def test_a_decoder_that_ignores_its_context_loses_nothing(checkpoint, data):
+    decoder = checkpoint.model.decoder
+    with torch.no_grad():
+        decoder.L_z.weight.zero_()
+        decoder.lstm_state.weight[:, decoder.L_h.in_features :] = 0  # the columns of z
+    found = run(checkpoint, data)
+    assert list(found.listening.values()) == pytest.approx([0] * 4, abs=1e-6)
+
+
+def test_attention_that_cannot_see_is_flat(checkpoint, data):
+    with torch.no_grad():
+        checkpoint.model.decoder.attention.alignment.v.weight.zero_()
+    found = run(checkpoint, data)
+    assert found.entropy == pytest.approx(1)
+    assert found.mutual_information == pytest.approx(0, abs=1e-6)
+    assert [found.listening[name] for name in ("exchanged", "random", "uniform")] == pytest.approx([0] * 3, abs=1e-5)
+    assert found.movement_nouns == pytest.approx(0, abs=1e-6)
+
+
+def test_the_batch_size_changes_neither_weights_nor_words(checkpoint, data):
+    one, other = (run(checkpoint, data, batch_size=size) for size in (2, 32))
+    assert (one.words, one.locations) == (other.words, other.locations)
+    for name in ("nll", "entropy", "largest", "mutual_information"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-4)
+    for name in ("uniform", "centre"):
+        assert one.listening[name] == pytest.approx(other.listening[name], abs=1e-4)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(5, 2, [3, 2]), (5, 4, [3, 2]), (3, 1, [3]), (4, 9, [4])])
+def test_no_image_is_left_alone_in_a_batch(checkpoint, data, count, batch_size, sizes):
+    indices = data.indices("train").tolist()[:count]
+    batches = caption_batches(checkpoint.model, data, indices, checkpoint.vocabulary, batch_size=batch_size)
+    assert [len(batch.images) for batch in batches] == sizes
+
+
+def test_pixels_and_annotation_vectors_are_diagnosed_alike(checkpoint, data, tiny_data):
+    one, other = run(checkpoint, data), run(checkpoint, CaptionData(tiny_data))
+    assert one.nll == pytest.approx(other.nll, rel=1e-2)  # the stored vectors are float16
+    assert one.entropy == pytest.approx(other.entropy, rel=1e-2)
+
+
+def test_a_model_without_attention_says_so(checkpoint, data, monkeypatch):
+    decoder = checkpoint.model.decoder
+    forward = type(decoder).forward
+    monkeypatch.setattr(decoder, "forward", lambda *inputs: forward(decoder, *inputs)._replace(alphas=None))
+    found = run(checkpoint, data)
+    assert (found.entropy, found.listening, found.listening_gap) == (None, None, None)
+    assert found.nll > 0
+    assert "none in this model" in found.line()
+    assert "none in this model" in found.table()
+    assert found.main_numbers() == {}
+
+
+def test_one_image_is_too_few(checkpoint, data):
+    with pytest.raises(ValueError, match=r"two images or more \(got 1\)"):
+        diagnose(checkpoint.model, data, [0], checkpoint.vocabulary)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_diagnosing_leaves_weights_modes_gradients_and_random_state_as_they_were(checkpoint, data, training):
+    model = checkpoint.model.train(training)
+    model.decoder.gate.train(not training)
+    indices = data.indices("train").tolist()[:4]
+    nll(model.decoder(torch.randn(1, 16, 128), torch.tensor([[[1, 4, 2]]]))).backward()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    gradients = {name: x.grad.clone() for name, x in model.decoder.named_parameters() if x.grad is not None}
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    diagnose(model, data, indices, checkpoint.vocabulary)
+    attention_gradients(model, caption_batches(model, data, indices, checkpoint.vocabulary, batch_size=2), nll)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    assert gradients
+    assert all(torch.equal(model.decoder.get_parameter(name).grad, x) for name, x in gradients.items())
+
+
+def test_gradients_are_those_of_the_attention_alone_one_row_per_batch(checkpoint, data):
+    model = checkpoint.model
+    model.decoder.dropout.p = 0.0
+    indices = data.indices("train").tolist()[:4]
+    batches = list(caption_batches(model, data, indices, checkpoint.vocabulary, batch_size=2))
+    found = attention_gradients(model, batches, nll)
+    parameters = list(model.decoder.attention.parameters())
+    assert found.shape == (2, sum(p.numel() for p in parameters))
+    nll(model(*batches[0])).backward()
+    torch.testing.assert_close(found[0], torch.cat([p.grad.flatten() for p in parameters]))
+
+
+def test_frozen_attention_has_no_gradients(checkpoint, data):
+    checkpoint.model.decoder.attention.requires_grad_(False)
+    assert attention_gradients(checkpoint.model, [], nll) is None
+
+
+def test_line_and_table_show_the_numbers(checkpoint, data):
+    found = run(checkpoint, data)
+    assert f"H/ln L {found.entropy:.3f}" in found.line()
+    assert "\n" not in found.line()
+    assert f"listening gap {found.listening['exchanged']:.4f} nats/word" in found.line()
+    table = found.table()
+    for name in ("article", "noun", "by position", "mutual information", "moves between nouns", "NLL, exchanged"):
+        assert name in table
+    assert f"{found.listening['exchanged']:+.4f}" in table
