@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from captioning import Caption, Captioner, load_captioner
-from captioning.config import SearchConfig, one_line
+from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.files import fresh_file
 from captioning.images import EXTENSIONS, open_image, to_array
 
@@ -71,6 +71,7 @@ def as_json(path: Path, caption: Caption) -> dict[str, Any]:
     values = dataclasses.asdict(dataclasses.replace(caption, alternatives=()))
     values["alphas"] = None if caption.alphas is None else caption.alphas.round(5).tolist()
     values["betas"] = None if caption.betas is None else caption.betas.round(5).tolist()
+    values["locations"] = None if caption.locations is None else caption.locations.tolist()
     values["box"] = caption.box._asdict()
     alternatives = [{"text": c.text, "score": c.score} for c in caption.alternatives]
     return {"image": str(path), **values, "alternatives": alternatives}
@@ -93,6 +94,7 @@ def write_overlay(path: Path, caption: Caption, folder: Path, taken: set[str]) -
         box=caption.box,
         betas=caption.betas,
         log_probs=caption.log_probs,
+        locations=caption.locations,
         title=caption.text,
     )
     with fresh_file(folder / name) as partial:
@@ -114,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--temperature", type=float, default=1.0)
     parse.add_argument("--top-k", type=int, default=0)
     parse.add_argument("--top-p", type=float, default=1.0)
+    parse.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--overlay", metavar="DIR", help="write each photo's per-word attention here, as PNG")
     parse.add_argument("--json", metavar="FILE", help="write everything, attention included; - is standard output")
@@ -165,16 +168,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_words(caption: Caption, lines: Any) -> None:
-    """One line per word: log p, the gate, and the cell that it looked at most."""
+    """One line per word: log p, the gate, and the cell that it looked at, or looked at most."""
     for t, word in enumerate(caption.words):
         line = f"  {word:<16} log p {caption.log_probs[t]:7.3f}"
         if caption.betas is not None:
             line += f"   beta {caption.betas[t]:.2f}"
         if caption.alphas is not None:
             _, rows, columns = caption.alphas.shape
-            row, column = divmod(int(caption.alphas[t].argmax()), columns)
-            line += f"   looked most at row {row + 1} of {rows}, column {column + 1} of {columns}"
-            line += f" ({caption.alphas[t].max():.0%})"
+            cell = int(caption.alphas[t].argmax() if caption.locations is None else caption.locations[t])
+            row, column = divmod(cell, columns)
+            line += f"   looked {'most ' if caption.locations is None else ''}at row {row + 1} of {rows}, "
+            line += f"column {column + 1} of {columns} ({caption.alphas[t, row, column]:.0%})"
         print(line, file=lines)
 
 

@@ -30,6 +30,8 @@ class Caption:
         log_probs: log p of each word, given those before it and the image.
         alphas: (T, h, w) float32 attention over the grid, each (h, w) sums to 1; None for a model without attention.
         betas: (T,) float32, the gate at each word; None for a model without.
+        locations: (T,) int64, the cell that hard attention looked at, counted row by row: `divmod(location, w)` is its
+            row and column; None for a model without hard attention, and where it was asked for the mean context.
         box: the part of the photo, in its pixels, that the grid covers.
         finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
         score: what alternatives are ranked by.
@@ -41,6 +43,7 @@ class Caption:
     log_probs: tuple[float, ...]
     alphas: np.ndarray | None
     betas: np.ndarray | None
+    locations: np.ndarray | None
     box: Box
     finished: bool
     score: float
@@ -69,15 +72,16 @@ class Captioner:
         *,
         batch_size: int = 16,
         seed: int = 0,
-        **options: int | float | bool,
+        **options: int | float | bool | str,
     ) -> list[Caption]:
         """Caption images.
 
         Args:
             images: image files, Pillow images or arrays (uint8, RGB, HWC, 0-255); one or several.
             batch_size: images at once.
-            seed: of the samples, when `sample=True`.
-            options: fields of `SearchConfig`: beam_size=5, num_captions=1, max_length=30, sample=True, ...
+            seed: of sampled words (`sample=True`) and sampled locations (`location="sample"`).
+            options: fields of `SearchConfig`: beam_size=5, num_captions=1, max_length=30, sample=True,
+                location="argmax" (or "sample", "expected": where hard attention looks), ...
 
         Returns:
             One Caption per image, in order; further ones of an image in its `alternatives`.
@@ -89,7 +93,7 @@ class Captioner:
         return list(self.stream(several, batch_size=batch_size, seed=seed, **options))
 
     def stream(
-        self, images: Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: int | float | bool
+        self, images: Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: int | float | bool | str
     ) -> Iterator[Caption]:
         """As `caption`, but yielding each batch when it is done: for more images than memory holds."""
         if batch_size < 1:
@@ -122,6 +126,7 @@ class Captioner:
             log_probs=hypothesis.log_probs[:length],
             alphas=None if alphas is None else alphas[:length].unflatten(1, self.model.encoder.grid).float().numpy(),
             betas=None if hypothesis.betas is None else hypothesis.betas[:length].float().numpy(),
+            locations=None if hypothesis.locations is None else hypothesis.locations[:length].numpy(),
             box=box,
             finished=hypothesis.finished,
             score=hypothesis.score,
@@ -151,7 +156,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path}: no checkpoint folder, nor one of the pretrained: {names}")
 
 
-def search_config(**options: int | float | bool) -> SearchConfig:
+def search_config(**options: int | float | bool | str) -> SearchConfig:
     """A SearchConfig, with a kind word for a misspelt option."""
     allowed = [f.name for f in dataclasses.fields(SearchConfig)]
     for name in options:

@@ -6,11 +6,13 @@ second with the name of the field, and not after an epoch.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 Fit = Literal["crop", "squash"]
+Location = Literal["argmax", "sample", "expected"]
+LOCATIONS: tuple[Location, ...] = get_args(Location)
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -29,6 +31,12 @@ def _not_negative(owner: object, *names: str) -> None:
     for name in names:
         if getattr(owner, name) < 0:
             raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
+
+
+def _default(hard: "HardConfig", needed: str) -> None:
+    for each in dataclasses.fields(hard):
+        if getattr(hard, each.name) != each.default:
+            raise ValueError(f"hard.{each.name}={getattr(hard, each.name)!r} needs {needed}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class DecoderConfig:
 
     Args:
         name: which decoder.
-        attention: soft (deterministic, eq. 13).
+        attention: soft (deterministic, eq. 13) or hard (one sampled location per word, eqs. 8-9); see `HardConfig`.
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general (Luong) or scaled_dot.
         gate: beta: scalar (the paper), vector (many ports) or none.
         embedding_dim: m, size of a word's embedding E y.
@@ -93,7 +101,7 @@ class DecoderConfig:
     """
 
     name: Literal["attention_lstm"] = "attention_lstm"
-    attention: Literal["soft"] = "soft"
+    attention: Literal["soft", "hard"] = "soft"
     alignment: Literal["additive", "dot", "general", "scaled_dot"] = "additive"
     gate: Literal["scalar", "vector", "none"] = "scalar"
     embedding_dim: int = 512
@@ -124,6 +132,43 @@ class LossConfig:
     def __post_init__(self) -> None:
         _not_negative(self, "lambda_ds")
         _fraction(self, "label_smoothing")
+
+
+@dataclass(frozen=True)
+class HardConfig:
+    """How hard attention is trained: eq. 12 (the gradient of the hard objective), docs/hard_attention.md.
+
+    Args:
+        reward: what the location of a word is credited with: sentence (the paper: log p of the whole caption) or to_go
+            (log p of this word and those after it; Sutton et al., 2000).
+        baseline: b of eq. 12: none (eq. 11), moving_average (the paper: 0.9 b + 0.1 log p), leave_one_out (the mean of
+            the caption's other samples; Kool et al., 2019) or learned (a small net of h_{t-1} with a squared loss of
+            its own; Mnih and Gregor, 2014).
+        lambda_r: weight of the reward's term in eq. 12; 1 is the gradient of the bound, eq. 10.
+        lambda_e: weight of the entropy's term in eq. 12.
+        samples: K, paths of locations per caption; they share the encoder's work and its keys.
+        expectation_probability: that an image takes the mean context instead of samples, section 4.1; the paper: 0.5.
+        relaxation: none, or gumbel_straight_through (Jang et al., 2017): no reward, a biased gradient through alpha.
+    """
+
+    reward: Literal["to_go", "sentence"] = "to_go"
+    baseline: Literal["none", "moving_average", "leave_one_out", "learned"] = "moving_average"
+    lambda_r: float = 1.0
+    lambda_e: float = 0.01
+    samples: int = 1
+    expectation_probability: float = 0.5
+    relaxation: Literal["none", "gumbel_straight_through"] = "none"
+
+    def __post_init__(self) -> None:
+        _positive(self, "samples")
+        _not_negative(self, "lambda_r", "lambda_e")
+        _fraction(self, "expectation_probability")
+        if self.baseline == "leave_one_out" and self.samples < 2:
+            raise ValueError(f"baseline='leave_one_out' needs samples of at least 2 (got {self.samples})")
+        if self.relaxation != "none" and self.baseline != "none":
+            raise ValueError(
+                f"relaxation={self.relaxation!r} uses no reward: it needs baseline='none' (got {self.baseline!r})"
+            )
 
 
 @dataclass(frozen=True)
@@ -170,6 +215,8 @@ class SearchConfig:
         temperature: of the sampling; towards 0 it becomes greedy.
         top_k: sample from the k likeliest words only; 0 means all.
         top_p: sample from the smallest set of words with this probability; 1 means all.
+        location: where hard attention looks: argmax (the likeliest location), sample (eq. 8), or expected (the mean
+            context of soft attention, with which the original code decodes its hard models).
     """
 
     beam_size: int = 5
@@ -181,6 +228,7 @@ class SearchConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    location: Location = "argmax"
 
     def __post_init__(self) -> None:
         _positive(self, "beam_size", "max_length", "num_captions", "temperature")
@@ -229,6 +277,7 @@ class Settings:
         region_encoder: what lies between the two.
         decoder: the language model.
         loss: the objective.
+        hard: what more of it hard attention needs.
         optimizer: the optimiser and its schedule.
         validation: how the best checkpoint is chosen.
         epochs: passes over all captions of the train split.
@@ -250,6 +299,7 @@ class Settings:
     region_encoder: RegionEncoderConfig = field(default_factory=RegionEncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    hard: HardConfig = field(default_factory=HardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     epochs: int = 10
@@ -265,6 +315,8 @@ class Settings:
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "captions_per_image")
         _not_negative(self, "workers", "save_every", "threads", "seed")
+        if self.decoder.attention != "hard":
+            _default(self.hard, f"decoder.attention='hard' (got {self.decoder.attention!r})")
 
 
 T = TypeVar("T")

@@ -1,14 +1,15 @@
 """Search: greedy, sampling and batched beam search over `Decoder.step`, whatever the decoder is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from captioning.config import SearchConfig
+from captioning.models.attention import Look, is_hard, looking
 from captioning.models.decoder import Decoder, Step
 from captioning.vocabulary import END, PAD, START, UNK
 
@@ -25,6 +26,7 @@ class Hypothesis:
         log_probs: the model's log p of each id (its own: no temperature, nothing renormalised).
         alphas: (T, L) attention at each id, None for a model without.
         betas: (T,) gate at each id, None likewise.
+        locations: (T,) where hard attention looked at each id; None for any other, and for the mean context.
         finished: END was reached; otherwise this is the best that `max_length` allowed.
         score: what hypotheses are ranked by: sum of log_probs / T ** length_penalty.
     """
@@ -33,6 +35,7 @@ class Hypothesis:
     log_probs: tuple[float, ...]
     alphas: Float[Tensor, "T L"] | None
     betas: Float[Tensor, " T"] | None
+    locations: Integer[Tensor, " T"] | None
     finished: bool
     score: float
 
@@ -49,11 +52,12 @@ class _Trace(NamedTuple):
     slots: Integer[Tensor, "N B"]
     alphas: Float[Tensor, "N B L"] | None
     betas: Float[Tensor, "N B"] | None
+    locations: Integer[Tensor, "N B"] | None
 
     def cpu(self) -> "_Trace":
         parents, words, log_probs, slots = (x.cpu() for x in self[:4])
-        alphas, betas = (None if x is None else x.cpu() for x in self[4:])
-        return _Trace(parents, words, log_probs, slots, alphas, betas)
+        alphas, betas, locations = (None if x is None else x.cpu() for x in self[4:])
+        return _Trace(parents, words, log_probs, slots, alphas, betas, locations)
 
 
 class _Ending(NamedTuple):
@@ -74,12 +78,17 @@ def search(
         decoder: any decoder, in evaluation mode.
         a: annotation vectors.
         config: how.
-        generator: of the samples, on the device of `a`.
+        generator: of sampled words and locations, on the device of `a`.
 
     Returns:
         For every image `config.num_captions` hypotheses, best first (fewer if the vocabulary has no more).
+
+    Raises:
+        ValueError: `config.location` for a decoder that has no hard attention.
     """
-    with torch.no_grad():
+    if config.location != "argmax" and not is_hard(decoder):
+        raise ValueError(f"location={config.location!r} needs a model with hard attention")
+    with torch.no_grad(), looking(decoder, Look(config.location, generator=generator)):
         if config.sample:
             return sample(decoder, a, config, generator=generator)
         return [found[: config.num_captions] for found in beam_search(decoder, a, config)]
@@ -257,9 +266,9 @@ def _forbidden(
     return forbidden
 
 
-def _looks(step: Step, images: int) -> tuple[Tensor | None, Tensor | None]:
-    """A step's alphas and betas by image."""
-    return tuple(None if x is None else x.unflatten(0, (images, -1)) for x in (step.alpha, step.beta))  # type: ignore[return-value]
+def _looks(step: Step, images: int) -> Iterator[Any]:
+    """A step's alphas, betas and locations by image."""
+    return (None if x is None else x.unflatten(0, (images, -1)) for x in (step.alpha, step.beta, step.location))
 
 
 def _hypotheses(traces: list[_Trace], endings: list[list[_Ending]]) -> list[list[Hypothesis]]:
@@ -275,6 +284,7 @@ def _backtrack(traces: list[_Trace], image: int, ending: _Ending) -> Hypothesis:
     log_probs: list[float] = []
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
+    locations: list[Tensor] = []
     slot = ending.slot
     for t in range(ending.time, -1, -1):
         trace = traces[t]
@@ -285,12 +295,15 @@ def _backtrack(traces: list[_Trace], image: int, ending: _Ending) -> Hypothesis:
             alphas.append(trace.alphas[image, row])
         if trace.betas is not None:
             betas.append(trace.betas[image, row])
+        if trace.locations is not None:
+            locations.append(trace.locations[image, row])
         slot = int(traces[t - 1].slots[image, row]) if t else 0
     return Hypothesis(
         ids=tuple(reversed(ids)),
         log_probs=tuple(reversed(log_probs)),
         alphas=torch.stack(alphas[::-1]) if alphas else None,
         betas=torch.stack(betas[::-1]) if betas else None,
+        locations=torch.stack(locations[::-1]) if locations else None,
         finished=ending.finished,
         score=ending.score,
     )

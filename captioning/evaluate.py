@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import Checkpoint, load_checkpoint
-from captioning.config import SearchConfig, one_line
+from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis, search
 from captioning.metrics import DEFAULT_METRICS, Scores, score
+from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
 from captioning.results import read_references, read_results, select_references, write_results
 from captioning.tokenization import detokenize
@@ -59,7 +60,7 @@ def caption_split(
         config: the search.
         batch_size: images at once.
         device: where the model is.
-        seed: of the samples, if the search samples.
+        seed: of sampled words and locations, if the search samples.
         progress: show a bar.
 
     Returns:
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--length-penalty", type=float, default=0.0)
     ours.add_argument("--max-length", type=int, default=30)
     ours.add_argument("--no-repeat-ngram", type=int, default=0)
+    ours.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
     ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
     ours.add_argument("--batch-size", type=int, default=32)
     ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -175,6 +177,7 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object]]:
         length_penalty=options.length_penalty,
         max_length=options.max_length,
         no_repeat_ngram=options.no_repeat_ngram,
+        location=options.location,
     )
     checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
     if options.output:
@@ -193,12 +196,14 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object]]:
     )
     if options.output:
         write_results(Path(options.output), {name: caption.text for name, caption in found.items()})
+    look = {"location": config.location} if is_hard(checkpoint.model) else {}
     about: dict[str, object] = {
         "checkpoint": options.checkpoint,
         "data": options.data,
         "split": options.split,
         "beam_size": config.beam_size,
-        "search": dataclasses.asdict(config),
+        **look,
+        "search": {name: value for name, value in dataclasses.asdict(config).items() if name != "location"},
         "unfinished": sum(not caption.hypothesis.finished for caption in found.values()),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -213,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"evaluate: {one_line(error)}", file=sys.stderr)
         return 2
     print(scores.table())
-    for name in ("split", "beam_size", "unfinished"):
+    for name in ("split", "beam_size", "location", "unfinished"):
         if name in about:
             print(f"{name.replace('_', ' ')}: {about[name]}")
     print(json.dumps({**scores.as_dict(), **about}))

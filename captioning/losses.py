@@ -1,9 +1,12 @@
-"""What is minimised: caption NLL and the doubly stochastic penalty, Xu et al. (2015), eq. 14.
+"""What is minimised: caption NLL and the doubly stochastic penalty, Xu et al. (2015), eq. 14; REINFORCE, eq. 12.
 
 Functions return one value per word or caption; the caller takes means, so that a weight means the same for every batch
 size, caption length and number of processes.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
@@ -13,7 +16,8 @@ def word_nll(
     logits: Float[Tensor, "W V"], targets: Integer[Tensor, " W"], *, label_smoothing: float = 0.0
 ) -> Float[Tensor, " W"]:
     """-log p(y_t | y_1..t-1, a) of every word; with label smoothing, Szegedy et al. (2016), section 7."""
-    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def doubly_stochastic_penalty(alphas: Float[Tensor, "N K T L"], mask: Bool[Tensor, "N K T"]) -> Float[Tensor, "N K"]:
@@ -23,3 +27,28 @@ def doubly_stochastic_penalty(alphas: Float[Tensor, "N K T L"], mask: Bool[Tenso
     """
     attended = (alphas.float() * mask.unsqueeze(-1)).sum(dim=2)
     return (1 - attended).square().mean(dim=-1) * mask.any(dim=-1)
+
+
+def by_word(values: Float[Tensor, " W"], mask: Bool[Tensor, "N K T"]) -> Float[Tensor, "N K T"]:
+    """Values of the real words back at their places; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def sentence_reward(log_p: Float[Tensor, "N K T"]) -> Float[Tensor, "N K T"]:
+    """The paper's: every location of a caption is credited with log p(y|s,a), the sum over all its words."""
+    return log_p.sum(dim=-1, keepdim=True).expand_as(log_p)
+
+
+def reward_to_go(log_p: Float[Tensor, "N K T"]) -> Float[Tensor, "N K T"]:
+    """s_t is credited with sum_{u >= t} log p(y_u): words before it cannot depend on it (Sutton et al., 2000)."""
+    return log_p.flip(-1).cumsum(dim=-1).flip(-1)
+
+
+REWARDS: dict[str, Callable[[Tensor], Tensor]] = {"sentence": sentence_reward, "to_go": reward_to_go}
+
+
+def reinforce(
+    log_probs: Float[Tensor, "N K T"], rewards: Float[Tensor, "N K T"], baselines: Float[Tensor, "N K T"]
+) -> Float[Tensor, "N K T"]:
+    """-(R_t - b_t) log p(s_t): its gradient is minus the middle term of eq. 12 (the gradient of the hard objective)."""
+    return -(rewards - baselines).detach() * log_probs

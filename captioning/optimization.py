@@ -20,10 +20,13 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def build_optimizer(model: CaptioningModel, config: OptimizerConfig) -> Optimizer:
-    """An optimiser over what is trained: the encoder's stages with their own rate; no decay on biases and norms."""
+def build_optimizer(model: CaptioningModel, config: OptimizerConfig, *others: nn.Module | None) -> Optimizer:
+    """An optimiser over what is trained: the encoder's stages with their own rate; no decay on biases and norms.
+
+    `others` are trained at the decoder's rate.
+    """
     groups = []
-    language = nn.ModuleList([model.regions, model.decoder])
+    language = nn.ModuleList([model.regions, model.decoder, *(part for part in others if part is not None)])
     for part, peak in ((model.encoder, config.encoder_learning_rate), (language, config.learning_rate)):
         trained = [p for p in part.parameters() if p.requires_grad]
         for decayed in (True, False):

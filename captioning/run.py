@@ -32,6 +32,7 @@ from captioning.config import EncoderConfig, Settings, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, Sample, plan_epoch
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import build_optimizer, load_optimizer_tensors, moving_average, optimizer_tensors
+from captioning.reward_baselines import BASELINES, Baseline
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Run:
     wrapped: Any
     optimizer: Optimizer
     average: AveragedModel | None
+    baseline: Baseline | None
     progress: Progress
     writer: SummaryWriter | None
     total_steps: int
@@ -88,7 +90,8 @@ def start(settings: Settings) -> Run:
     data = CaptionData(settings.data)
     torch.manual_seed(settings.seed)
     model, encoder = start_model(settings, data)
-    optimizer = build_optimizer(model, settings.optimizer)
+    baseline = start_baseline(settings)
+    optimizer = build_optimizer(model, settings.optimizer, baseline)
     average = moving_average(model, settings.optimizer.average_decay) if settings.optimizer.average_decay else None
     progress = Progress()
     if state is not None:
@@ -97,14 +100,19 @@ def start(settings: Settings) -> Run:
         load_optimizer_tensors(optimizer, state.group("optimizer"))
         if average is not None:
             average.load_state_dict(state.group("average"))
+        if baseline is not None:
+            baseline.load_state_dict(state.group("baseline"))
         progress = Progress(**state.progress["progress"])
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if average is not None:
-        average.to(accelerator.device)
+    for part in (average, baseline):
+        if part is not None:
+            part.to(accelerator.device)
     batches = len(plan(settings, data, epoch=0))
     writer = open_output(settings, progress) if accelerator.is_main_process else None
     total = batches * settings.epochs
-    run = Run(settings, accelerator, data, encoder, model, wrapped, optimizer, average, progress, writer, total)
+    run = Run(
+        settings, accelerator, data, encoder, model, wrapped, optimizer, average, baseline, progress, writer, total
+    )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         run,
@@ -133,9 +141,10 @@ def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel,
     first = load_checkpoint(checkpoint_folder(settings.init_from))
     if first.vocabulary != data.vocabulary:
         raise ValueError(f"init_from={settings.init_from}: its vocabulary is not that of {data.path}")
-    if first.decoder != dataclasses.replace(
-        settings.decoder, **{name: getattr(first.decoder, name) for name in vars(first.decoder) if "dropout" in name}
-    ):
+    free = [name for name in vars(first.decoder) if "dropout" in name]
+    if {first.decoder.attention, settings.decoder.attention} == {"soft", "hard"}:  # they have the same parameters
+        free.append("attention")
+    if first.decoder != dataclasses.replace(settings.decoder, **{name: getattr(first.decoder, name) for name in free}):
         raise ValueError(f"init_from={settings.init_from}: its decoder is {first.decoder}; set --decoder alike")
     if first.region_encoder != settings.region_encoder:
         raise ValueError(
@@ -146,6 +155,16 @@ def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel,
     model, encoder = build(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
     load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
     return model, encoder
+
+
+def start_baseline(settings: Settings) -> Baseline | None:
+    """The baseline of eq. 12, if attention is hard."""
+    if settings.decoder.attention != "hard":
+        return None
+    hard = settings.hard
+    return BASELINES[hard.baseline](
+        hidden_dim=settings.decoder.hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go"
+    )
 
 
 def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
@@ -214,6 +233,8 @@ def save_last(run: Run) -> None:
     if run.average is not None:
         averages = {name: x.detach().cpu().clone() for name, x in run.average.state_dict().items()}
         tensors |= {f"average/{name}": x for name, x in averages.items()}
+    if run.baseline is not None:
+        tensors |= {f"baseline/{name}": x.detach().cpu().clone() for name, x in run.baseline.state_dict().items()}
     state = {"progress": dataclasses.asdict(run.progress), "settings": to_dict(run.settings)}
     folder = Path(run.settings.output) / "last"
     save_checkpoint(folder, as_checkpoint(run, run.model), training=TrainingState(tensors, state))

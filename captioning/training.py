@@ -21,8 +21,8 @@ from captioning.checkpoint import save_checkpoint
 from captioning.config import Settings
 from captioning.data import Batch, CaptionDataset, load_batches, shard
 from captioning.evaluate import caption_split
-from captioning.losses import doubly_stochastic_penalty, word_nll
 from captioning.metrics import score
+from captioning.objective import teacher_forced
 from captioning.optimization import learning_rate_factor, set_learning_rate
 from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start
 
@@ -118,19 +118,12 @@ def train_step(run: Run, batch: Batch) -> tuple[float, int]:
     settings, accelerator, step = run.settings, run.accelerator, run.progress.step
     torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
     images, targets = (x.to(accelerator.device, non_blocking=True) for x in batch)
-    with accelerator.autocast():
-        output = run.wrapped(images, targets)
-    words, captions = output.mask.sum(), output.mask.any(dim=-1).sum()
-    if accelerator.num_processes > 1:  # means over all processes; their gradients are averaged, hence the factor
-        words, captions = accelerator.reduce(torch.stack([words, captions]).float()) / accelerator.num_processes
-    nll = word_nll(output.logits, output.targets, label_smoothing=settings.loss.label_smoothing).sum() / words
-    penalty = output.logits.new_zeros(())
-    if output.alphas is not None and settings.loss.lambda_ds:
-        penalty = doubly_stochastic_penalty(output.alphas, output.mask).sum() / captions
-    loss = nll + settings.loss.lambda_ds * penalty
+    objective = teacher_forced(run, images, targets)
+    loss = objective.loss
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} at step {step}: lower optimizer.learning_rate or set clip_norm")
     accelerator.backward(loss)
+    average_gradients(run)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.optimizer.clip_norm or float("inf"))
     factor = learning_rate_factor(step, run.total_steps, settings.optimizer)
     set_learning_rate(run.optimizer, factor)
@@ -139,14 +132,21 @@ def train_step(run: Run, batch: Batch) -> tuple[float, int]:
     if run.average is not None:
         run.average.update_parameters(run.model)
     if step % 10 == 0:
-        values = {"nll": nll.detach(), "penalty": penalty.detach(), "gradient_norm": norm}
+        values = {"nll": objective.nll.detach(), **objective.curves, "gradient_norm": norm}
         for name, value in {**values, "learning_rate_factor": factor}.items():
             curve(run, f"train/{name}", float(value))
-    return nll.item(), int(output.mask.sum())
+    return objective.nll.item(), objective.words
+
+
+def average_gradients(run: Run) -> None:
+    """Of the baseline's own parameters, which are outside the wrapped model that does so by itself."""
+    if run.baseline is not None and run.accelerator.num_processes > 1:
+        for parameter in run.baseline.parameters():
+            parameter.grad = run.accelerator.reduce(parameter.grad, "mean")
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
-    """One seed for everything random in a step of a process (dropout)."""
+    """One seed for everything random in a step of a process: dropout, sampled locations."""
     mixed = torch.Generator().manual_seed(seed * 1_000_003 + step * 1_009 + process)
     return int(torch.randint(2**62, (1,), generator=mixed))
 

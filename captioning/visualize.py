@@ -158,7 +158,7 @@ def _draw_legend(figure: Figure, scene: Scene, layout: _Layout) -> None:
     if scene.cropped:
         notes.append("hatched: not seen by the network")
     if any(scene.cells):
-        notes.append("outlined: the sampled location")
+        notes.append("outlined: where hard attention looked")
     left = layout.margin + bar + 0.15
     for line, note in enumerate(notes):
         text = figure.text(left / width, (0.51 - 0.145 * line) / height, note, va="top", fontsize=8, color=_MUTED)

@@ -187,7 +187,7 @@ def prepare(
         box: (left, top, right, bottom) in the photo's pixels that the network saw; None: all of it.
         betas: (T,) gates, printed beside the words.
         log_probs: (T,) natural logarithms, printed as probabilities.
-        locations: (T,) the cells that hard attention sampled, row by row; outlined.
+        locations: (T,) the cells that hard attention looked at, counted row by row; outlined.
         longest_side: larger photos are shrunk to this many pixels.
 
     Raises:

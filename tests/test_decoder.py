@@ -98,7 +98,10 @@ def test_the_order_of_captions_changes_only_the_order_of_results(config):
 def test_every_parameter_gets_a_gradient(config):
     decoder = build(config).train()
     output = decoder(*batch())
-    torch.nn.functional.cross_entropy(output.logits, output.targets).backward()
+    loss = torch.nn.functional.cross_entropy(output.logits, output.targets)
+    if output.log_probs is not None:  # hard attention learns where to look through log p(s) alone
+        loss = loss + output.log_probs.sum()
+    loss.backward()
     without = [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
 

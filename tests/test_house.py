@@ -22,8 +22,8 @@ ORDER = (
     ("data",),
     ("models.multihead", "models.alignment", "models.attention", "models.decoder"),
     ("models.registry", "models.encoder", "models.regions", "models.captioner", "models"),
-    ("losses", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
-    ("api", "evaluate", "run", "training"),
+    ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
+    ("api", "evaluate", "run", "objective", "training"),
 )
 # These take arrays and strings: all that they may import of the package.
 LEAVES = {

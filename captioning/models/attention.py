@@ -1,23 +1,33 @@
 """From scores to a context vector: phi of Xu et al. (2015), eq. 6, and the gate beta of section 4.2.1."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from captioning.models.alignment import Alignment
 
 
 class Memory(NamedTuple):
-    """What depends on the image alone; N images."""
+    """What depends on the image alone; N images. `expected`: hard attention takes the mean context there (its coin)."""
 
     a: Float[Tensor, "N L D"]
     keys: Float[Tensor, "N L k"]
+    expected: Bool[Tensor, " N"] | None = None
+
+    def first(self, n: int) -> "Memory":
+        """The memory of the first n images."""
+        return Memory(*(None if x is None else x[:n] for x in self))  # type: ignore[arg-type]
 
 
 class Context(NamedTuple):
-    """What one attention step yields for R rows; the last three are there for hard attention only."""
+    """What one attention step yields for R rows; the last three are there for hard attention only.
+
+    Where it took the mean context, `location` is -1 and `log_prob` 0; when asked for that everywhere, both are None.
+    """
 
     z: Float[Tensor, "R D"]
     alpha: Float[Tensor, "R L"]
@@ -60,6 +70,101 @@ class SoftAttention(Attention):
         return Context(z=z.flatten(0, 1), alpha=alpha.flatten(0, 1))
 
 
+class Look(NamedTuple):
+    """How hard attention makes a place out of alpha.
+
+    Args:
+        location: sample (eq. 8), argmax, expected (the mean context, eq. 13) or gumbel_straight_through (a sample whose
+            gradient is that of the softmax of alpha's logits and Gumbel noise; Jang et al., 2017, section 2.2).
+        expectation_probability: that an image, in all its rows and steps, takes the mean context; section 4.1.
+        generator: of samples and coins, on the device of the memory; None is torch's own, as for dropout.
+    """
+
+    location: Literal["sample", "argmax", "expected", "gumbel_straight_through"]
+    expectation_probability: float = 0.0
+    generator: torch.Generator | None = None
+
+
+class HardAttention(Attention):
+    """Stochastic hard attention, Xu et al. (2015), eqs. 8 and 9: s_t ~ Multinoulli(alpha_t), z_t = a_{s_t}.
+
+    It samples in training, and looks at the likeliest location in evaluation; `looking` changes that for a while. No
+    gradient reaches alpha through z, but where z is the mean context or relaxed: that is eq. 12's part (`losses`).
+    """
+
+    look: Look | None = None
+
+    def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
+        """The memory of N images, each with its coin."""
+        memory, look = super().prepare(a), self._look()
+        if not look.expectation_probability:
+            return memory
+        coins = torch.rand(len(a), generator=look.generator, device=a.device)
+        return memory._replace(expected=coins < look.expectation_probability)
+
+    def forward(
+        self, query: Float[Tensor, "R n"], memory: Memory, location: Integer[Tensor, " R"] | None = None
+    ) -> Context:
+        """Attend; at `location` if that is given."""
+        look = self._look()
+        e = self.alignment(query.unflatten(0, (len(memory.a), -1)), memory.keys).flatten(0, 1)  # eq. 4
+        log_alpha = e.to(torch.promote_types(e.dtype, torch.float32)).log_softmax(dim=-1)  # eq. 5
+        alpha = log_alpha.exp()
+        entropy = -(alpha * log_alpha).sum(dim=-1)
+        if location is None and look.location == "expected":
+            return Context(z=_mean(alpha, memory), alpha=alpha, entropy=entropy)
+        noisy = log_alpha
+        if location is None:
+            if look.location != "argmax":  # the largest of logits with Gumbel noise is a sample of eq. 8
+                noise = torch.empty_like(log_alpha).exponential_(generator=look.generator)
+                noisy = log_alpha - noise.log()
+            location = noisy.detach().argmax(dim=-1)
+        log_prob = log_alpha.gather(-1, location.unsqueeze(-1)).squeeze(-1)
+        z = _gather(location, memory)  # eq. 9
+        if look.location == "gumbel_straight_through":
+            relaxed = noisy.softmax(dim=-1)
+            z = z + _mean(relaxed - relaxed.detach(), memory)  # adds zero, and the gradient
+        if memory.expected is not None:
+            mean = memory.expected.repeat_interleave(len(query) // len(memory.a))
+            z = torch.where(mean.unsqueeze(-1), _mean(alpha, memory), z)
+            location, log_prob = location.masked_fill(mean, -1), log_prob.masked_fill(mean, 0.0)
+        return Context(z, alpha, location, log_prob, entropy)
+
+    def _look(self) -> Look:
+        return self.look or Look("sample" if self.training else "argmax")
+
+
+def _gather(location: Integer[Tensor, " R"], memory: Memory) -> Float[Tensor, "R D"]:
+    """a_s of every row; nothing is copied per row but the one vector."""
+    n, places = memory.a.shape[:2]
+    first = torch.arange(n, device=location.device).repeat_interleave(len(location) // n) * places
+    return memory.a.flatten(0, 1).index_select(0, first + location)
+
+
+def _mean(alpha: Float[Tensor, "R L"], memory: Memory) -> Float[Tensor, "R D"]:
+    """sum_i alpha_i a_i of every row, eq. 13."""
+    return torch.bmm(alpha.unflatten(0, (len(memory.a), -1)).to(memory.a.dtype), memory.a).flatten(0, 1)
+
+
+def is_hard(module: nn.Module) -> bool:
+    """Whether there is hard attention anywhere in a module."""
+    return any(isinstance(part, HardAttention) for part in module.modules())
+
+
+@contextmanager
+def looking(module: nn.Module, look: Look) -> Iterator[None]:
+    """Within, every hard attention of a module looks as told."""
+    parts = [part for part in module.modules() if isinstance(part, HardAttention)]
+    before = [part.look for part in parts]
+    try:
+        for part in parts:
+            part.look = look
+        yield
+    finally:
+        for part, old in zip(parts, before, strict=True):
+            part.look = old
+
+
 class Gate(nn.Module):
     """beta_t = sigmoid(f_beta(h_{t-1})), which weighs the image against the language, Xu et al. (2015), section 4.2.1.
 
@@ -90,4 +195,4 @@ def build_gate(name: str, *, hidden_dim: int, annotation_dim: int) -> nn.Module:
     return Gate(hidden_dim, {"scalar": 1, "vector": annotation_dim}[name])
 
 
-ATTENTIONS: dict[str, type[Attention]] = {"soft": SoftAttention}
+ATTENTIONS: dict[str, type[Attention]] = {"soft": SoftAttention, "hard": HardAttention}

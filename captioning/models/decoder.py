@@ -1,6 +1,7 @@
 """The Decoder contract, and the paper's attention LSTM: Xu et al. (2015), eqs. 1-3 and 7."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
 from captioning.models.alignment import ALIGNMENTS
-from captioning.models.attention import ATTENTIONS, Attention, Memory, build_gate
+from captioning.models.attention import ATTENTIONS, Attention, Context, Memory, build_gate
 from captioning.vocabulary import PAD
 
 
@@ -21,22 +22,33 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One word for R rows. `alpha` is None for a model without attention, `beta` (its mean over features) likewise."""
+    """One word for R rows. `alpha` is None for a model without attention, `beta` (its mean over features) likewise.
+
+    `location` is where hard attention looked; None for all else.
+    """
 
     logits: Float[Tensor, "R V"]
     state: State
     alpha: Float[Tensor, "R L"] | None
     beta: Float[Tensor, " R"] | None
+    location: Integer[Tensor, " R"] | None = None
 
 
 class Output(NamedTuple):
-    """A whole teacher-forced batch. Logits exist only where there is a target: W = mask.sum() words, in mask order."""
+    """A whole teacher-forced batch. Logits exist only where there is a target: W = mask.sum() words, in mask order.
+
+    The next three are for hard attention: s_t, log p(s_t), H[p(s_t)]. `states` are the h_{t-1} before each word.
+    """
 
     logits: Float[Tensor, "W V"]
     targets: Integer[Tensor, " W"]
     mask: Bool[Tensor, "N K T"]
     alphas: Float[Tensor, "N K T L"] | None
     betas: Float[Tensor, "N K T"] | None
+    locations: Integer[Tensor, "N K T"] | None = None
+    log_probs: Float[Tensor, "N K T"] | None = None
+    entropies: Float[Tensor, "N K T"] | None = None
+    states: Float[Tensor, "N K T n"] | None = None
 
 
 class Decoder(nn.Module):
@@ -124,10 +136,18 @@ class AttentionLSTM(Decoder):
 
     def step(self, word: Integer[Tensor, " R"], state: State, memory: Memory) -> Step:
         embedded = self.embedding_dropout(self.E(word))
-        state, z, alpha, beta = self._recur(self.lstm_word(embedded), state, memory)
-        return Step(self._deep_output(state.h, z, embedded), state, alpha, beta.mean(dim=-1))
+        state, z, beta, context = self._recur(self.lstm_word(embedded), state, memory)
+        logits = self._deep_output(state.h, z, embedded)
+        return Step(logits, state, context.alpha, beta.mean(dim=-1), context.location)
 
-    def forward(self, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Output:
+    def forward(
+        self,
+        a: Float[Tensor, "N L D"],
+        words: Integer[Tensor, "N K S"],
+        *,
+        locations: Integer[Tensor, "N K T"] | None = None,
+    ) -> Output:
+        """Teacher forcing; hard attention looks at `locations` if they are given."""
         inputs, targets = words[..., :-1], words[..., 1:]
         mask = targets != PAD
         n, k = mask.shape[:2]
@@ -136,30 +156,34 @@ class AttentionLSTM(Decoder):
         word_gates = self.lstm_word(embedded)  # the words' half of eq. 1, for all steps at once
         state = self.initial_state(memory, k)
         rows = (n, k)
-        steps = []
+        states, steps = [state.h], []
         for t, active in enumerate(_active_rows(mask)):
             state = State(*(_resize(x, rows, active) for x in state))
-            part = Memory(*(x[: active[0]] for x in memory))
             gates = word_gates[: active[0], : active[1], t].flatten(0, 1)
-            state, z, alpha, beta = self._recur(gates, state, part)
-            steps.append([_resize(x, active, (n, k)) for x in (state.h, z, alpha, beta)])
+            forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
+            state, z, beta, context = self._recur(gates, state, memory.first(active[0]), *forced)
+            states.append(_resize(state.h, active, (n, k)))
+            steps.append([None if x is None else _resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
             rows = active
-        h, z, alphas, betas = (torch.stack(x, dim=1).unflatten(0, (n, k)) for x in zip(*steps, strict=True))
-        logits = self._deep_output(h[mask], z[mask], embedded[mask])
-        return Output(logits, targets[mask], mask, alphas, betas.mean(dim=-1))
+        z, betas, *looked = (_stack(x, (n, k)) for x in zip(*steps, strict=True))
+        h = _stack(states, (n, k))
+        logits = self._deep_output(h[:, :, 1:][mask], z[mask], embedded[mask])
+        alphas, locations, log_probs, entropies = looked
+        betas, states = betas.mean(dim=-1), h[:, :, :-1]
+        return Output(logits, targets[mask], mask, alphas, betas, locations, log_probs, entropies, states)
 
     def _recur(
-        self, word_gates: Float[Tensor, "R g"], state: State, memory: Memory
-    ) -> tuple[State, Float[Tensor, "R D"], Float[Tensor, "R L"], Float[Tensor, "R b"]]:
-        """Eqs. 1-6 for one word, whose half of the gates is given. Returns the state, z (gated), alpha and beta."""
-        context = self.attention(state.h, memory)
+        self, word_gates: Float[Tensor, "R g"], state: State, memory: Memory, *location: Integer[Tensor, " R"]
+    ) -> tuple[State, Float[Tensor, "R D"], Float[Tensor, "R b"], Context]:
+        """Eqs. 1-6 for one word, whose half of the gates is given. Returns the state, z (gated), beta and the look."""
+        context = self.attention(state.h, memory, *location)
         beta = self.gate(state.h)
         z = beta * context.z
         gates = word_gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
         i, f, o, g = gates.to(state.c.dtype).chunk(4, dim=-1)  # eq. 1
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)  # eq. 2
         h = torch.sigmoid(o) * torch.tanh(c)  # eq. 3
-        return State(h, c), z, context.alpha, beta
+        return State(h, c), z, beta, context
 
     def _deep_output(
         self, h: Float[Tensor, "W n"], z: Float[Tensor, "W D"], embedded: Float[Tensor, "W m"]
@@ -186,7 +210,15 @@ def _resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor
         return x
     (n, k), (n_wanted, k_wanted) = rows, wanted
     x = x.unflatten(0, rows)[:n_wanted, :k_wanted]
-    return F.pad(x, (0, 0, 0, max(k_wanted - k, 0), 0, max(n_wanted - n, 0))).flatten(0, 1)
+    inner = (0, 0) * (x.dim() - 2)
+    return F.pad(x, (*inner, 0, max(k_wanted - k, 0), 0, max(n_wanted - n, 0))).flatten(0, 1)
+
+
+def _stack(steps: Sequence[Tensor | None], rows: tuple[int, int]) -> Any:
+    """What T steps gave for all rows as (N, K, T, ...); None if they gave nothing."""
+    if steps[0] is None:
+        return None
+    return torch.stack(cast(list[Tensor], steps), dim=1).unflatten(0, rows)
 
 
 def build_attention(config: DecoderConfig, annotation_dim: int) -> Attention:

@@ -1,0 +1,112 @@
+"""What one training step minimises. One function per kind of training: settings, a model and a batch in, a loss out."""
+
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float, Integer, Shaped
+from torch import Tensor
+
+from captioning.config import HardConfig, Settings
+from captioning.losses import REWARDS, by_word, doubly_stochastic_penalty, reinforce, word_nll
+from captioning.models.attention import Look, looking
+from captioning.models.decoder import Output
+from captioning.reward_baselines import Baseline
+from captioning.run import Run
+
+
+class Objective(NamedTuple):
+    """One step's loss, and what it reports.
+
+    Args:
+        loss: what is minimised; a mean over all processes once their gradients are averaged.
+        nll: per word, a part of it.
+        words: targets in this process's batch.
+        curves: further means, for the log.
+    """
+
+    loss: Float[Tensor, ""]
+    nll: Float[Tensor, ""]
+    words: int
+    curves: dict[str, Tensor]
+
+
+class HardTerms(NamedTuple):
+    """What eq. 12 adds to the NLL, summed over the words of a batch, and the rewards of its sampled captions.
+
+    `captions` sums over those captions: their log p, their words and their number.
+    """
+
+    loss: Float[Tensor, ""]
+    curves: dict[str, Tensor]
+    captions: Float[Tensor, "3"]
+
+
+def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"]) -> Objective:
+    """The NLL of the captions and the penalty, eq. 14; with hard attention, the terms of eq. 12 too."""
+    settings = run.settings
+    look = training_look(settings)
+    with run.accelerator.autocast(), looking(run.model, look):
+        output: Output = run.wrapped(images, captions.repeat_interleave(settings.hard.samples, dim=1))
+    words, rows = _means(run, torch.stack([output.mask.sum(), output.mask.any(dim=-1).sum()]).float())
+    nlls = word_nll(output.logits, output.targets, label_smoothing=settings.loss.label_smoothing)
+    nll = nlls.sum() / words
+    loss, curves = nll, {}
+    if output.alphas is not None and settings.loss.lambda_ds:
+        penalty = doubly_stochastic_penalty(output.alphas, output.mask).sum() / rows
+        loss, curves = loss + settings.loss.lambda_ds * penalty, {"penalty": penalty.detach()}
+    if run.baseline is not None:
+        exact = word_nll(output.logits.detach(), output.targets) if settings.loss.label_smoothing else nlls.detach()
+        terms = hard_terms(output, -exact, settings.hard, run.baseline)
+        loss = loss + terms.loss / words
+        curves |= {name: x / words for name, x in terms.curves.items()}
+        update_baseline(run, run.baseline, terms)
+    return Objective(loss, nll, int(output.mask.sum()) // settings.hard.samples, curves)
+
+
+def training_look(settings: Settings) -> Look:
+    """How hard attention looks in training: eq. 8 or its relaxation, some images with the mean context."""
+    location = settings.hard.relaxation if settings.hard.relaxation != "none" else "sample"
+    return Look(location, settings.hard.expectation_probability)
+
+
+def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, baseline: Baseline) -> HardTerms:
+    """Eq. 12 (the gradient of the hard objective) without its first term, which is the NLL's.
+
+    Args:
+        output: of hard attention, `hard.samples` rows per caption.
+        log_p: of its targets, given the sampled locations; no gradient goes through it.
+        hard: weights.
+        baseline: b.
+    """
+    mask, locations, states = output.mask, cast(Tensor, output.locations), cast(Tensor, output.states)
+    log_probs, entropies = cast(Tensor, output.log_probs), cast(Tensor, output.entropies)
+    log_p_by_word = by_word(log_p, mask)
+    rewards = REWARDS[hard.reward](log_p_by_word)
+    b = baseline(rewards, states, mask)
+    sampled = mask & (locations >= 0)  # where the mean context was taken there is nothing to credit
+    lambda_r = hard.lambda_r if hard.relaxation == "none" else 0.0
+    entropy = (entropies * mask).sum()
+    loss = lambda_r * (reinforce(log_probs, rewards, b) * sampled).sum() - hard.lambda_e * entropy
+    squared = ((rewards - b).detach() * sampled).square().sum()
+    own = baseline.loss(rewards, b)
+    if own is not None:
+        loss = loss + (own * sampled).sum()
+    captions = torch.stack([(log_p_by_word * sampled).sum(), sampled.sum(), sampled.any(dim=-1).sum()])
+    return HardTerms(loss, {"entropy": entropy.detach(), "squared_advantage": squared}, captions)
+
+
+def update_baseline(run: Run, baseline: Baseline, terms: HardTerms) -> None:
+    """Let the baseline learn from the sampled captions of all processes."""
+    log_p, words, captions = _sums(run, terms.captions)
+    if captions:
+        baseline.update(log_p / captions, words / captions)
+
+
+def _sums(run: Run, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Values added up over all processes."""
+    return run.accelerator.reduce(values) if run.accelerator.num_processes > 1 else values
+
+
+def _means(run: Run, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Values as means over the processes, whose gradients are averaged."""
+    return _sums(run, values) / run.accelerator.num_processes
