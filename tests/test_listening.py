@@ -121,7 +121,10 @@ def test_forcing_a_decoders_own_weights_changes_nothing(config):
         with pytest.raises(ValueError, match="has no attention that could be forced"), forced(decoder, own.alphas):
             pass
         return
-    with forced(decoder, own.alphas):
+    looked = own.alphas
+    if own.locations is not None:
+        looked = torch.nn.functional.one_hot(own.locations, own.alphas.shape[-1]).double()
+    with forced(decoder, looked):
         again = decoder(a, words)
     torch.testing.assert_close(again.logits, own.logits)
     assert decoder.attention is attention
