@@ -249,6 +249,8 @@ class ValidationConfig:
         images: how many images of the split, from its start; 0 means all.
         batch_size: images per search.
         patience: validations without a better CIDEr before training stops; 0 never stops early.
+        diagnose_images: images of the split, from its start, on which attention is diagnosed (entropy, listening
+            test and more, see docs/diagnostics.md); 0 diagnoses nothing.
         search: the search that is validated.
     """
 
@@ -257,11 +259,14 @@ class ValidationConfig:
     images: int = 0
     batch_size: int = 32
     patience: int = 0
+    diagnose_images: int = 64
     search: SearchConfig = field(default_factory=lambda: SearchConfig(beam_size=3))
 
     def __post_init__(self) -> None:
         _positive(self, "every", "batch_size")
-        _not_negative(self, "images", "patience")
+        _not_negative(self, "images", "patience", "diagnose_images")
+        if self.diagnose_images == 1:
+            raise ValueError("diagnose_images must be 0, or at least 2 to exchange attention between images (got 1)")
 
 
 @dataclass(frozen=True)

@@ -270,15 +270,24 @@ def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, 
 def attention_gradients(
     model: CaptioningModel,
     batches: Iterable[Batch],
-    loss: Callable[[Output], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
     *,
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Float[Tensor, "B P"] | None:
-    """The gradients of a loss of the decoder's output, one per batch, for the parameters of the attention.
+    """The gradients of a loss, one per batch, for the parameters of the attention.
 
-    The decoder is in training mode, so that dropout and sampled locations make the noise that training has; the encoder
-    is not, and gets no gradient. None for a decoder without an attention of its own.
+    All but the encoder is in training mode, so that dropout and sampled locations make the noise that training has.
+
+    Args:
+        model: on `device`.
+        batches: images and words.
+        loss: of the encoder's annotation vectors (N, L, D) and words (N, K, S).
+        device: where the model is.
+        seed: of all that is random.
+
+    Returns:
+        A row per batch; None for a decoder without an attention that learns.
     """
     attention = attention_of(model.decoder)
     parameters = [] if attention is None else [p for p in attention.parameters() if p.requires_grad]
@@ -288,19 +297,20 @@ def attention_gradients(
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), _evaluating(model):
         torch.manual_seed(seed)
+        model.train()
+        model.encoder.eval()
         for batch in batches:
+            images = batch.images.to(device)
             with torch.no_grad():
-                a = model.annotate(batch.images.to(device))
-            model.decoder.train()
-            gradients = torch.autograd.grad(loss(model.decoder(a, batch.words.to(device))), parameters)
-            model.decoder.eval()
+                a = model.encoder(images) if images.dim() == 4 else images
+            gradients = torch.autograd.grad(loss(a, batch.words.to(device)), parameters)
             found.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(found)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module has its own mode again."""
+    """Evaluation mode for a while; afterwards every module has its own mode again, whatever was set within."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

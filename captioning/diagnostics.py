@@ -108,7 +108,10 @@ def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False) -> str
     last = [entry for entry in history if "entropy" in entry][-PATIENCE:]
     if len(last) < PATIENCE:
         return None
-    flat, deaf = (all(entry["entropy"] > FLAT for entry in last), all(entry["listening_gap"] < DEAF for entry in last))
+    flat, deaf = (
+        all(entry["entropy"] > FLAT for entry in last),
+        all(entry.get("listening_gap", math.inf) < DEAF for entry in last),
+    )
     if not (flat or deaf):
         return None
     signs = [f"H/ln L above {FLAT}"] * flat + [f"a listening gap below {DEAF} nats per word"] * deaf

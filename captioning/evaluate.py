@@ -1,6 +1,7 @@
 """Caption a split and score it, or score anyone's captions.
 
 python -m captioning.evaluate --checkpoint runs/x/best --data data.h5 --split val --beam-size 5 --output results.json
+python -m captioning.evaluate --checkpoint runs/x/best --data data.h5 --diagnose
 python -m captioning.evaluate --results results.json --references captions_val2017.json
 """
 
@@ -22,6 +23,7 @@ from captioning.checkpoint import Checkpoint, load_checkpoint
 from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis, search
+from captioning.diagnosis import Diagnosis, diagnose
 from captioning.metrics import DEFAULT_METRICS, Scores, score
 from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
@@ -146,6 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
     ours.add_argument("--batch-size", type=int, default=32)
     ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ours.add_argument(
+        "--diagnose",
+        type=int,
+        nargs="?",
+        const=200,
+        metavar="IMAGES",
+        help="also say what the attention does on the first so many images (200; 0: all), see docs/diagnostics.md",
+    )
     ours.add_argument("--output", help="write the captions here, in COCO's results format")
     theirs = parser.add_argument_group("anyone's captions")
     theirs.add_argument("--results", help="captions in COCO's results format")
@@ -157,21 +167,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object]]:
-    """The scores, and what to say about how they came about."""
+def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagnosis | None]:
+    """The scores, what to say about how they came about, and what the attention does if that was asked."""
     metrics = (*DEFAULT_METRICS, "SPICE") if options.spice else DEFAULT_METRICS
     if options.results or options.references:
         if not (options.results and options.references) or options.checkpoint or options.data:
             raise ValueError("--results and --references go together, and without --checkpoint and --data")
+        if options.diagnose is not None:
+            raise ValueError("--diagnose needs --checkpoint and --data: captions alone have no attention")
         results = read_results(Path(options.results))
         references = select_references(results, read_references(Path(options.references)))
-        return score(results, references, tokenizer=options.tokenizer, metrics=metrics), {"results": options.results}
+        return (
+            score(results, references, tokenizer=options.tokenizer, metrics=metrics),
+            {"results": options.results},
+            None,
+        )
     if not (options.checkpoint and options.data):
         raise ValueError("give --checkpoint and --data, or --results and --references")
     if options.batch_size < 1 or options.limit < 0:
         raise ValueError(
             f"--batch-size must be at least 1 and --limit not negative (got {options.batch_size} and {options.limit})"
         )
+    if options.diagnose is not None and (options.diagnose < 0 or options.diagnose == 1):
+        raise ValueError(f"--diagnose must be 0 for all images, or at least 2 (got {options.diagnose})")
     config = SearchConfig(
         beam_size=options.beam_size,
         length_penalty=options.length_penalty,
@@ -207,13 +225,22 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object]]:
         "unfinished": sum(not caption.hypothesis.finished for caption in found.values()),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return scores, about
+    return scores, about, _diagnose(options, checkpoint, data)
+
+
+def _diagnose(options: argparse.Namespace, checkpoint: Checkpoint, data: CaptionData) -> Diagnosis | None:
+    if options.diagnose is None:
+        return None
+    indices = data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
+    return diagnose(
+        checkpoint.model, data, indices, checkpoint.vocabulary, batch_size=options.batch_size, device=options.device
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     try:
-        scores, about = _run(_parser().parse_args(arguments))
+        scores, about, diagnosis = _run(_parser().parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate: {one_line(error)}", file=sys.stderr)
         return 2
@@ -221,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("split", "beam_size", "location", "unfinished"):
         if name in about:
             print(f"{name.replace('_', ' ')}: {about[name]}")
+    if diagnosis is not None:
+        print(f"\n{diagnosis.table()}")
+        about["diagnosis"] = diagnosis.as_dict()
     print(json.dumps({**scores.as_dict(), **about}))
     return 0
 

@@ -7,7 +7,7 @@ stands is two numbers, and a run that was interrupted anywhere and resumed ends 
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from tqdm import tqdm
 from captioning.checkpoint import save_checkpoint
 from captioning.config import Settings
 from captioning.data import Batch, CaptionDataset, load_batches, shard
+from captioning.diagnosis import diagnose
+from captioning.diagnostics import collapse
 from captioning.evaluate import caption_split
 from captioning.metrics import score
 from captioning.objective import teacher_forced
@@ -183,6 +185,7 @@ def validate(run: Run) -> None:
         f"epoch {progress.epoch + 1}: {options.split} {listing} (beam {options.search.beam_size}, "
         f"{scores.tokenisation.split(',')[0]} tokens, {len(indices)} images, {time.perf_counter() - began:.0f} s)",
     )
+    watch_attention(run, indices)
     for i in indices[:: max(len(indices) // 3, 1)][:3]:
         say(run, f"  {run.data.names[i]}: {captions[run.data.names[i]]}")
     if values["CIDEr"] > progress.best:
@@ -191,6 +194,28 @@ def validate(run: Run) -> None:
             save_checkpoint(Path(run.settings.output) / "best", as_checkpoint(run, model))
     else:
         progress.without_gain += 1
+
+
+def watch_attention(run: Run, indices: Sequence[int]) -> None:
+    """Diagnose the attention on some validation images; its numbers join the validation's. Says if it has collapsed."""
+    indices = indices[: run.settings.validation.diagnose_images]
+    if len(indices) < 2 or not run.accelerator.is_main_process:
+        return
+    found = diagnose(
+        run.evaluated,
+        run.data,
+        indices,
+        run.data.vocabulary,
+        batch_size=run.settings.validation.batch_size,
+        device=run.accelerator.device,
+    )
+    for name, value in found.main_numbers().items():
+        run.progress.history[-1][name] = value
+        curve(run, f"attention/{name}", value)
+    say(run, f"epoch {run.progress.epoch + 1}: {found.line()}")
+    warning = collapse(run.progress.history, hard=found.hard)
+    if warning is not None:
+        say(run, f"warning: {warning}")
 
 
 def asked_to_stop(run: Run, stop: dict[str, bool]) -> bool:

@@ -114,6 +114,7 @@ def test_an_unknown_recipe_names_those_there_are():
         (["--decoder.alignment", "cosine"], "alignment"),
         (["--decoder.dropout", "1"], r"dropout must lie in \[0, 1\)"),
         (["--loss.lambda_ds", "-1"], "lambda_ds must not be negative"),
+        (["--validation.diagnose_images", "1"], "diagnose_images must be 0, or at least 2"),
         (["--loss.label_smoothing", "1.5"], "label_smoothing"),
         (["--optimizer.learning_rate", "0"], "learning_rate must be positive"),
         (["--optimizer.name", "sgd"], "name"),

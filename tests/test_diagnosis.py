@@ -1,14 +1,16 @@
 """A model under diagnosis: what is reported, and that nothing of it is left behind."""
 
 import json
+from collections.abc import Iterable
 
 import pytest
 import torch
 
 from captioning.checkpoint import Checkpoint, load_checkpoint
-from captioning.data import CaptionData
+from captioning.data import Batch, CaptionData
 from captioning.diagnosis import Diagnosis, attention_gradients, caption_batches, diagnose
 from captioning.losses import word_nll
+from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
 
 
@@ -28,6 +30,10 @@ def run(checkpoint: Checkpoint, data: CaptionData, **options: int) -> Diagnosis:
 
 def nll(output: Output) -> torch.Tensor:
     return word_nll(output.logits, output.targets).mean()
+
+
+def gradients_of(model: CaptioningModel, batches: Iterable[Batch]) -> torch.Tensor | None:
+    return attention_gradients(model, batches, lambda a, words: nll(model(a, words)))
 
 
 def test_every_number_is_there_and_plausible(checkpoint, data):
@@ -116,7 +122,7 @@ def test_diagnosing_leaves_weights_modes_gradients_and_random_state_as_they_were
     torch.manual_seed(5)
     state = torch.get_rng_state()
     diagnose(model, data, indices, checkpoint.vocabulary)
-    attention_gradients(model, caption_batches(model, data, indices, checkpoint.vocabulary, batch_size=2), nll)
+    gradients_of(model, caption_batches(model, data, indices, checkpoint.vocabulary, batch_size=2))
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     after = model.state_dict()
@@ -131,7 +137,7 @@ def test_gradients_are_those_of_the_attention_alone_one_row_per_batch(checkpoint
     model.decoder.dropout.p = 0.0
     indices = data.indices("train").tolist()[:4]
     batches = list(caption_batches(model, data, indices, checkpoint.vocabulary, batch_size=2))
-    found = attention_gradients(model, batches, nll)
+    found = gradients_of(model, batches)
     parameters = list(model.decoder.attention.parameters())
     assert found.shape == (2, sum(p.numel() for p in parameters))
     nll(model(*batches[0])).backward()
@@ -140,7 +146,7 @@ def test_gradients_are_those_of_the_attention_alone_one_row_per_batch(checkpoint
 
 def test_frozen_attention_has_no_gradients(checkpoint, data):
     checkpoint.model.decoder.attention.requires_grad_(False)
-    assert attention_gradients(checkpoint.model, [], nll) is None
+    assert gradients_of(checkpoint.model, []) is None
 
 
 def test_line_and_table_show_the_numbers(checkpoint, data):

@@ -100,6 +100,23 @@ def test_another_split_and_a_limit(call, tiny_checkpoint, tiny_data, tmp_path):
     assert json.loads(out[-1])["images"] == 3
 
 
+@pytest.mark.usefixtures("no_java")
+def test_attention_is_diagnosed_when_asked(call, tiny_checkpoint, tiny_data):
+    words = ("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
+    _, without, _ = call(*words)
+    code, out, err = call(*words, "--diagnose", 3)
+    assert (code, err) == (0, [])
+    scores, found = json.loads(without[-1]), json.loads(out[-1])
+    diagnosis = found.pop("diagnosis")
+    assert {key: scores[key] for key in KEYS} == {key: found[key] for key in KEYS}
+    assert diagnosis["images"] == 3
+    assert set(diagnosis["listening"]) == {"exchanged", "random", "uniform", "centre"}
+    table = "\n".join(out[:-1])
+    assert re.search(rf"entropy / ln L\s+{diagnosis['entropy']:.4f}", table)
+    assert re.search(rf"NLL, exchanged\s+\{diagnosis['listening']['exchanged']:+.4f}", table)
+    assert "diagnosis" not in scores
+
+
 def captions_of(call, checkpoint: Path, data: Path, path: Path) -> list[str]:
     words = ("--output", path, "--beam-size", 1, "--max-length", 4, "--tokenizer", "python")
     code, _, err = call("--checkpoint", checkpoint, "--data", data, *words)
@@ -167,6 +184,8 @@ def test_annotation_vectors_of_another_network_are_refused(call, tiny_checkpoint
         (["--checkpoint", "CHECKPOINT"], "give --checkpoint and --data"),
         (["--results", "r.json"], "--results and --references go together"),
         (["--results", "absent.json", "--references", "absent.json"], r"absent\.json"),
+        (["--results", "r.json", "--references", "r.json", "--diagnose"], "--diagnose needs --checkpoint and --data"),
+        (["--checkpoint", "CHECKPOINT", "--data", "DATA", "--diagnose", "1"], r"--diagnose must be 0 .* \(got 1\)"),
         (["--results", ".", "--references", "."], "directory"),
         (["--checkpoint", "absent", "--data", "DATA"], "absent: no checkpoint folder, nor one of the pretrained"),
         (["--checkpoint", "CHECKPOINT", "--data", "absent.h5"], r"absent\.h5: no such data file"),

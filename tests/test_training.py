@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captioning import training
 from captioning.api import load_captioner
@@ -130,6 +131,38 @@ def test_the_run_folder_holds_settings_curves_and_a_best_checkpoint_that_caption
     assert about["settings"]["data"] == tiny_data.name  # no folder of this machine
     photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
     assert load_captioner(whole_run).caption([photo])[0].alphas.shape[1:] == (4, 4)
+
+
+def test_every_validation_says_what_the_attention_does(whole_run):
+    history = load_checkpoint(whole_run / "last").about["progress"]["history"]
+    assert len(history) == 2
+    for entry in history:
+        assert 0 < entry["entropy"] <= 1
+        assert {"listening_gap", "mutual_information", "mutual_information_null", "movement_nouns"} <= entry.keys()
+    curves = EventAccumulator(str(whole_run / "tensorboard")).Reload()
+    points = [point.value for point in curves.Scalars("attention/entropy")]
+    assert points == pytest.approx([entry["entropy"] for entry in history])
+
+
+def test_diagnosing_changes_no_bit(whole_run, tiny_data, tmp_path):
+    validation = dataclasses.replace(TINY["validation"], diagnose_images=0)
+    training.train(tiny_settings(tiny_data, tmp_path / "run", validation=validation))
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+    assert "entropy" not in load_checkpoint(tmp_path / "run" / "last").about["progress"]["history"][0]
+
+
+def test_training_says_plainly_when_attention_has_collapsed(tiny_data, tmp_path, capsys):
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    with torch.no_grad():
+        run.evaluated.decoder.attention.alignment.v.weight.zero_()  # it can see nothing: uniform for ever
+    for epoch in range(3):
+        assert "collapsed" not in capsys.readouterr().out
+        run.progress.epoch = epoch
+        training.validate(run)
+    warning = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warning) == 1
+    assert "H/ln L above 0.98 and a listening gap below 0.01 nats per word for 3 validations" in warning[0]
+    assert "loss.lambda_ds" in warning[0]
 
 
 @pytest.mark.slow
