@@ -138,6 +138,8 @@ def run(options: argparse.Namespace) -> int:
     """Caption every file; 2 if one of them could not be read."""
     files = image_files(options.images)
     captioner = load_captioner(options.checkpoint, device=options.device)
+    if options.overlay and not captioner.attends:
+        raise ValueError(f"--overlay: {options.checkpoint} has no attention to draw (its decoder attends to nothing)")
     make_folders(options)
     fields = [field.name for field in dataclasses.fields(SearchConfig)]
     search = {name: getattr(options, name) for name in [*fields, "seed"]}

@@ -66,6 +66,11 @@ class Captioner:
         self.device = torch.device(device)
         self.model = checkpoint.model.to(self.device).eval()
 
+    @property
+    def attends(self) -> bool:
+        """Whether its captions come with alphas."""
+        return self.model.decoder.attends
+
     def caption(
         self,
         images: ImageLike | Sequence[ImageLike],

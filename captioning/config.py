@@ -33,10 +33,11 @@ def _not_negative(owner: object, *names: str) -> None:
             raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
 
 
-def _default(hard: "HardConfig", needed: str) -> None:
-    for each in dataclasses.fields(hard):
-        if getattr(hard, each.name) != each.default:
-            raise ValueError(f"hard.{each.name}={getattr(hard, each.name)!r} needs {needed}")
+def _unread(owner: Any, why: str, *names: str, prefix: str = "") -> None:
+    """Refuse fields (all, if none are named) that someone changed and that nothing will read."""
+    for each in dataclasses.fields(owner):
+        if (not names or each.name in names) and getattr(owner, each.name) != each.default:
+            raise ValueError(f"{prefix}{each.name}={getattr(owner, each.name)!r} {why}")
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,39 @@ class RegionEncoderConfig:
     """What the annotation vectors go through between the CNN and the decoder.
 
     Args:
-        name: none (the paper).
+        name: none (the paper), lstm or bilstm (an RNN reads the regions row by row), self_attention (the regions look
+            at each other; SAGAN, non-local networks).
         positions: what tells the vectors their places: none (the paper), learned (one vector per row and per column) or
             sinusoidal.
+        dim: size of the LSTM's state (of each of the bilstm's two), of self_attention's queries, keys and values over
+            all heads.
+        blocks: how often self_attention is repeated.
+        heads: of its attention; 1 is SAGAN's.
     """
 
-    name: Literal["none"] = "none"
+    name: Literal["none", "lstm", "bilstm", "self_attention"] = "none"
     positions: Literal["none", "learned", "sinusoidal"] = "none"
+    dim: int = 512
+    blocks: int = 1
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        _positive(self, "dim", "blocks", "heads")
+        meaningless = f"has no meaning with region_encoder.name={self.name!r}; leave it out"
+        if self.name == "none":
+            _unread(self, meaningless, "dim")
+        if self.name != "self_attention":
+            _unread(self, meaningless, "blocks", "heads")
+        elif self.dim % self.heads:
+            raise ValueError(f"region_encoder.heads must divide region_encoder.dim (got {self.heads} and {self.dim})")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The language model that attends, Xu et al. (2015), section 3.1.2.
+    """The language model, Xu et al. (2015), section 3.1.2, and its relatives.
 
     Args:
-        name: which decoder.
+        name: attention_lstm (the paper) or lstm (one vector of the whole image, no attention).
         attention: soft (deterministic, eq. 13) or hard (one sampled location per word, eqs. 8-9); see `HardConfig`.
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general (Luong) or scaled_dot.
         gate: beta: scalar (the paper), vector (many ports) or none.
@@ -98,9 +117,13 @@ class DecoderConfig:
         embedding_dropout: rate on the embedded words.
         annotation_dropout: rate on the annotation vectors.
         tie_embeddings: L_o shares its matrix with E.
+        inject: how the lstm gets its vector: first (as the word before the first), init (as its initial state) or
+            each_step.
+        context: that vector: the mean of the annotation vectors or the last of them; by default the last after
+            region_encoder.name='lstm', which by then has read them all, and else the mean.
     """
 
-    name: Literal["attention_lstm"] = "attention_lstm"
+    name: Literal["attention_lstm", "lstm"] = "attention_lstm"
     attention: Literal["soft", "hard"] = "soft"
     alignment: Literal["additive", "dot", "general", "scaled_dot"] = "additive"
     gate: Literal["scalar", "vector", "none"] = "scalar"
@@ -111,10 +134,14 @@ class DecoderConfig:
     embedding_dropout: float = 0.0
     annotation_dropout: float = 0.0
     tie_embeddings: bool = False
+    inject: Literal["first", "init", "each_step"] = "init"
+    context: Literal["mean", "last"] | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "embedding_dim", "hidden_dim", "attention_dim")
         _fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
+        unread = ("attention", "alignment", "gate") if self.name == "lstm" else ("inject", "context")
+        _unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", *unread)
 
 
 @dataclass(frozen=True)
@@ -321,7 +348,23 @@ class Settings:
         _positive(self, "epochs", "batch_size", "captions_per_image")
         _not_negative(self, "workers", "save_every", "threads", "seed")
         if self.decoder.attention != "hard":
-            _default(self.hard, f"decoder.attention='hard' (got {self.decoder.attention!r})")
+            _unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
+        if self.decoder.name == "lstm":
+            self._check_lstm()
+
+    def _check_lstm(self) -> None:
+        regions, context = self.region_encoder.name, self.decoder.context
+        if context == "last" and regions != "lstm":
+            raise ValueError(
+                f"decoder.context='last' needs region_encoder.name='lstm', whose last state has read all regions "
+                f"(got {regions!r}); use 'mean'"
+            )
+        if self.loss.lambda_ds:
+            raise ValueError(
+                f"loss.lambda_ds={self.loss.lambda_ds} needs attention, and decoder.name='lstm' has none; set it to 0"
+            )
+        chosen = dataclasses.replace(self.decoder, context=context or ("last" if regions == "lstm" else "mean"))
+        object.__setattr__(self, "decoder", chosen)  # resolved here, so that a checkpoint holds it
 
 
 T = TypeVar("T")

@@ -1,5 +1,6 @@
 """The command that captions photos, and the three lines of library use."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from captioning import load_captioner
-from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
 from captioning.data import CaptionData
 from captioning.images import visible_box
 from captioning.vocabulary import END
@@ -162,6 +163,33 @@ def test_overlays_are_written_one_per_photo(call, photos, tmp_path):
     with Image.open(folder / "a.png") as figure:
         assert figure.format == "PNG"
         assert min(figure.size) > 50
+
+
+@pytest.fixture
+def without_attention(tiny_checkpoint, tmp_path) -> Path:
+    """A checkpoint of a decoder that never looks."""
+    first = load_checkpoint(tiny_checkpoint)
+    decoder = dataclasses.replace(first.decoder, name="lstm")
+    model, _ = build_model(first.encoder, decoder, len(first.vocabulary))
+    save_checkpoint(tmp_path / "lstm", dataclasses.replace(first, model=model, decoder=decoder))
+    return tmp_path / "lstm"
+
+
+def test_a_model_without_attention_says_so_instead_of_drawing(call, photos, tmp_path, without_attention):
+    code, out, err = call(photos, "--overlay", tmp_path / "drawn", checkpoint=without_attention)
+    assert (code, out) == (2, [])
+    assert err == [f"caption: --overlay: {without_attention} has no attention to draw (its decoder attends to nothing)"]
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_a_model_without_attention_captions_all_the_same(call, photos, tmp_path, without_attention):
+    words = ("--json", tmp_path / "x.json", "--words")
+    code, out, err = call(photos / "a.png", *words, checkpoint=without_attention)
+    assert (code, err) == (0, [])
+    assert not any("looked" in line or "beta" in line for line in out)
+    (values,) = json.loads((tmp_path / "x.json").read_text())
+    assert values["alphas"] is None
+    assert values["betas"] is None
 
 
 def test_two_photos_of_one_name_give_two_overlays(call, photos, tmp_path):

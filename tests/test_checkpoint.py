@@ -22,8 +22,9 @@ from captioning.checkpoint import (
     recover_folder,
     save_checkpoint,
 )
-from captioning.config import DecoderConfig
+from captioning.config import DecoderConfig, RegionEncoderConfig
 from captioning.files import fresh_file
+from captioning.models.baselines import CONTEXTS, INJECTIONS
 
 
 @pytest.fixture
@@ -44,10 +45,10 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def with_decoder(checkpoint: Checkpoint, **settings: Any) -> Checkpoint:
-    decoder = dataclasses.replace(checkpoint.decoder, **settings)
-    model, _ = build_model(checkpoint.encoder, decoder, len(checkpoint.vocabulary))
-    return dataclasses.replace(checkpoint, model=model.eval(), decoder=decoder)
+def with_decoder(checkpoint: Checkpoint, regions: RegionEncoderConfig | None = None, **settings: Any) -> Checkpoint:
+    decoder, regions = dataclasses.replace(checkpoint.decoder, **settings), regions or checkpoint.region_encoder
+    model, _ = build_model(checkpoint.encoder, decoder, len(checkpoint.vocabulary), region_encoder=regions)
+    return dataclasses.replace(checkpoint, model=model.eval(), decoder=decoder, region_encoder=regions)
 
 
 def logits(checkpoint: Checkpoint) -> Tensor:
@@ -99,6 +100,31 @@ def test_every_variant_comes_back(tiny_checkpoint, tmp_path, gate, alignment):
     first = with_decoder(load_checkpoint(tiny_checkpoint), gate=gate, alignment=alignment)
     save_checkpoint(tmp_path / "x", first)
     assert torch.equal(logits(load_checkpoint(tmp_path / "x")), logits(first))
+
+
+REGIONS = [
+    RegionEncoderConfig("lstm", dim=6),
+    RegionEncoderConfig("bilstm", "learned", dim=6),
+    RegionEncoderConfig("self_attention", "sinusoidal", dim=6, heads=2, blocks=2),
+]
+
+
+@pytest.mark.parametrize("regions", REGIONS, ids=lambda regions: regions.name)
+@pytest.mark.parametrize("decoder", [{}, {"name": "lstm", "inject": "each_step"}], ids=["attends", "lstm"])
+def test_every_region_encoder_comes_back(regions, decoder, tiny_checkpoint, tmp_path):
+    first = with_decoder(load_checkpoint(tiny_checkpoint), regions, **decoder)
+    save_checkpoint(tmp_path / "copy", first)
+    second = load_checkpoint(tmp_path / "copy")
+    assert (second.region_encoder, second.decoder) == (regions, first.decoder)
+    assert torch.equal(logits(second), logits(first))
+
+
+@pytest.mark.parametrize("inject", INJECTIONS)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_decoder_without_attention_comes_back(inject, context, tiny_checkpoint, tmp_path):
+    first = with_decoder(load_checkpoint(tiny_checkpoint), name="lstm", inject=inject, context=context)
+    save_checkpoint(tmp_path / "copy", first)
+    assert torch.equal(logits(load_checkpoint(tmp_path / "copy")), logits(first))
 
 
 def test_a_training_state_lies_beside_the_model(tiny_checkpoint, tmp_path):

@@ -1,19 +1,23 @@
 """The Decoder contract, for every registered decoder, alignment, attention and gate."""
 
+import dataclasses
 import itertools
 from typing import get_type_hints
 
 import pytest
 import torch
 
-from captioning.config import DecoderConfig
+from captioning.config import DecoderConfig, SearchConfig
+from captioning.decoding import search
 from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import ATTENTIONS
-from captioning.models.decoder import Decoder
+from captioning.models.baselines import CONTEXTS, INJECTIONS
+from captioning.models.decoder import Decoder, Output
 from captioning.models.registry import DECODERS, build_decoder
 from captioning.vocabulary import END, PAD, START
 
 VOCABULARY, DIM, LOCATIONS = 11, 6, 5
+ATTENDING = [name for name in DECODERS if name != "lstm"]
 VARIANTS = [
     DecoderConfig(
         name=name,
@@ -29,14 +33,23 @@ VARIANTS = [
         annotation_dropout=0.1,
     )
     for (name, attention, alignment, gate), tie in zip(
-        itertools.product(DECODERS, ATTENTIONS, ALIGNMENTS, ("scalar", "vector", "none")),
+        itertools.product(ATTENDING, ATTENTIONS, ALIGNMENTS, ("scalar", "vector", "none")),
         itertools.cycle([False, True]),
         strict=False,
     )
 ]
-every_variant = pytest.mark.parametrize(
-    "config", VARIANTS, ids=lambda c: f"{c.name}-{c.attention}-{c.alignment}-{c.gate}"
-)
+VARIANTS += [
+    dataclasses.replace(VARIANTS[0], name="lstm", inject=inject, context=context, tie_embeddings=context == "last")
+    for inject, context in itertools.product(INJECTIONS, CONTEXTS)
+]
+every_variant = pytest.mark.parametrize("config", VARIANTS, ids=lambda c: "-".join(different(c)))
+
+
+def different(config: DecoderConfig) -> list[str]:
+    """A variant's name, and its words that are not the default."""
+    words = [value for name, value in vars(config).items() if isinstance(value, str) and name != "name"]
+    defaults = vars(DecoderConfig()).values()
+    return [config.name, *(word for word in words if word not in defaults)]
 
 
 def build(config: DecoderConfig) -> Decoder:
@@ -70,8 +83,10 @@ def test_forward_equals_repeated_step(config):
         at_t = torch.zeros_like(output.mask)
         at_t[..., t] = real
         torch.testing.assert_close(output.logits[at_t[output.mask]], step.logits.unflatten(0, (2, 3))[real])
-        torch.testing.assert_close(output.alphas[..., t, :][real], step.alpha.unflatten(0, (2, 3))[real])
-        torch.testing.assert_close(output.betas[..., t][real], step.beta.unflatten(0, (2, 3))[real])
+        for whole, one in ((output.alphas, step.alpha), (output.betas, step.beta)):
+            assert (whole is None) == (one is None)
+            if one is not None:
+                torch.testing.assert_close(whole[:, :, t][real], one.unflatten(0, (2, 3))[real])
 
 
 @every_variant
@@ -85,13 +100,21 @@ def test_padding_and_neighbours_change_nothing(config):
     torch.testing.assert_close(together.logits[own[together.mask]], alone.logits)
 
 
+def by_caption(output: Output) -> torch.Tensor:
+    """The logits as (N, K, T, V), zero where there is no word."""
+    logits = output.logits.new_zeros(*output.mask.shape, VOCABULARY)
+    logits[output.mask] = output.logits
+    return logits
+
+
 @every_variant
 def test_the_order_of_captions_changes_only_the_order_of_results(config):
     decoder = build(config).eval()
     a, words = batch()
     before, after = decoder(a, words), decoder(a.flip(0), words.flip(0, 1))
-    torch.testing.assert_close(after.alphas[after.mask].sum(0), before.alphas[before.mask].sum(0))
-    torch.testing.assert_close(after.alphas.flip(0, 1)[before.mask], before.alphas[before.mask])
+    torch.testing.assert_close(by_caption(after).flip(0, 1), by_caption(before))
+    if config.name in ATTENDING:
+        torch.testing.assert_close(after.alphas.flip(0, 1)[before.mask], before.alphas[before.mask])
 
 
 @every_variant
@@ -107,8 +130,12 @@ def test_every_parameter_gets_a_gradient(config):
 
 
 @every_variant
-def test_alphas_are_distributions_over_locations(config):
-    output = build(config).eval()(*batch())
+def test_alphas_are_distributions_over_locations_or_none_where_nothing_attends(config):
+    decoder = build(config).eval()
+    output = decoder(*batch())
+    assert decoder.attends == (output.alphas is not None) == (config.name in ATTENDING)
+    if output.alphas is None:
+        return
     sums = output.alphas.sum(dim=-1)[output.mask]
     torch.testing.assert_close(sums, torch.ones_like(sums))
     assert output.alphas.shape == (2, 3, 5, LOCATIONS)
@@ -144,8 +171,23 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(decoder.eval()(a, words).logits, decoder(a, words).logits)
 
 
+@every_variant
+@pytest.mark.parametrize("width", [1, 3])
+def test_any_decoder_can_be_searched(config, width):
+    a, _ = batch()
+    decoder = build(config).eval()
+    found = search(decoder, a, SearchConfig(beam_size=width, num_captions=width, max_length=4))
+    for one, hypotheses in zip(a, found, strict=True):  # the log p that search found is that of teacher forcing
+        for hypothesis in hypotheses:
+            ids = [*hypothesis.ids, *([] if hypothesis.finished else [END])]
+            output = decoder(one.unsqueeze(0), torch.tensor([[[START, *ids]]]))
+            expected = output.logits.log_softmax(-1).gather(1, output.targets.unsqueeze(1))[: len(hypothesis.ids)]
+            assert list(hypothesis.log_probs) == pytest.approx(expected.flatten().tolist())
+
+
 @pytest.mark.parametrize(
-    ("field", "registry"), [("name", DECODERS), ("attention", ATTENTIONS), ("alignment", ALIGNMENTS)]
+    ("field", "registry"),
+    [("name", DECODERS), ("attention", ATTENTIONS), ("alignment", ALIGNMENTS), ("inject", INJECTIONS)],
 )
 def test_every_word_of_the_config_has_its_class(field, registry):
     assert set(get_type_hints(DecoderConfig)[field].__args__) == set(registry)

@@ -21,7 +21,7 @@ ORDER = (
     ("vocabulary", "images", "results", "settings"),
     ("data",),
     ("models.multihead", "models.alignment", "models.attention", "models.decoder"),
-    ("models.registry", "models.encoder", "models.regions", "models.captioner", "models"),
+    ("models.baselines", "models.registry", "models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
     ("api", "evaluate", "run", "objective", "training"),
 )
@@ -41,7 +41,7 @@ APART = {
     "decoding": {"data", "images", "checkpoint", "models.encoder", "models.captioner"},
     **{
         f"models.{name}": {"data", "images", "results"}
-        for name in ("multihead", "alignment", "attention", "decoder", "registry", "encoder", "regions")
+        for name in ("multihead", "alignment", "attention", "decoder", "baselines", "registry", "encoder", "regions")
     },
 }
 

@@ -55,7 +55,10 @@ class Decoder(nn.Module):
     """The contract of every language model here. `forward` equals repeated `step`.
 
     There are N images and R = N * K rows, grouped by image (captions of one image in training, beams in search).
+    `attends` is false where there is no attention, hence no alphas.
     """
+
+    attends = True
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Any:
         """Everything that depends on the image alone, computed once per image."""

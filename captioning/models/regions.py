@@ -5,12 +5,14 @@ attention and its overlays mean the same. The paper has none.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from captioning.config import RegionEncoderConfig
+from captioning.models.multihead import MultiHead
 
 
 class RegionEncoder(nn.Module):
@@ -94,6 +96,57 @@ class WithPositions(RegionEncoder):
         return self.inner(self.positions(a))
 
 
+class RegionLSTM(RegionEncoder):
+    """An LSTM reads the regions in raster order, row by row: h_i = LSTM(a_i, h_{i-1}); its states are the new vectors.
+
+    The last one has read everything: the single context vector of Sutskever et al. (2014). Reading in both directions
+    gives [h_i from the left; h_i from the right], the annotations of Bahdanau et al. (2015), section 3.2.
+
+    Args:
+        annotation_dim: D.
+        dim: size of the state of one direction.
+        bidirectional: read backwards too.
+    """
+
+    def __init__(self, annotation_dim: int, *, dim: int, bidirectional: bool = False):
+        super().__init__(dim * (2 if bidirectional else 1))
+        self.lstm = nn.LSTM(annotation_dim, dim, batch_first=True, bidirectional=bidirectional)
+        with torch.no_grad():
+            for name, bias in self.lstm.named_parameters():
+                if name.startswith("bias_ih"):
+                    bias[dim : 2 * dim] = 1.0  # an open forget gate, as in the decoders
+
+    def forward(self, a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L E"]:
+        return self.lstm(a)[0]
+
+
+class RegionSelfAttention(RegionEncoder):
+    """A CNN's map looks at itself, Zhang et al. (2019, SAGAN), section 3; Wang et al. (2018, non-local networks).
+
+    q, k, v = 1x1 convolutions of a (on vectors, linear maps); o_i = sum_j softmax_j(q_i k_j' / sqrt(d)) v_j in every
+    head; a_i + gamma W_o o_i comes out. gamma begins at 0: each block begins as nothing, and disturbs no trained CNN.
+    (Those papers have one head, and do not divide by sqrt(d).)
+
+    Args:
+        annotation_dim: D, which stays.
+        dim: size of q, k and v, over all heads.
+        blocks: how many, one after the other.
+        heads: divides dim.
+    """
+
+    def __init__(self, annotation_dim: int, *, dim: int, blocks: int = 1, heads: int = 1):
+        super().__init__(annotation_dim)
+        self.blocks = nn.ModuleList(
+            MultiHead(annotation_dim, annotation_dim, heads=heads, dim=dim) for _ in range(blocks)
+        )
+        self.gammas = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(blocks))
+
+    def forward(self, a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+        for block, gamma in zip(self.blocks, self.gammas, strict=True):
+            a = a + gamma * block(a, a)[0]
+        return a
+
+
 def build_region_encoder(config: RegionEncoderConfig, *, annotation_dim: int, grid: tuple[int, int]) -> RegionEncoder:
     """The region encoder of a config, for vectors of size D on a grid (h, w)."""
     encoder = REGION_ENCODERS[config.name](config, annotation_dim)
@@ -106,4 +159,12 @@ POSITIONS: dict[str, type[LearnedPositions] | type[SinusoidalPositions]] = {
     "learned": LearnedPositions,
     "sinusoidal": SinusoidalPositions,
 }
-REGION_ENCODERS = {"none": lambda config, dim: RegionEncoder(dim)}
+REGION_ENCODERS: dict[str, Callable[[RegionEncoderConfig, int], RegionEncoder]] = {
+    "none": lambda config, annotation_dim: RegionEncoder(annotation_dim),
+    "lstm": lambda config, annotation_dim: RegionLSTM(annotation_dim, dim=config.dim),
+    "bilstm": lambda config, annotation_dim: RegionLSTM(annotation_dim, dim=config.dim, bidirectional=True),
+    "self_attention": lambda config, annotation_dim: RegionSelfAttention(
+        annotation_dim, dim=config.dim, blocks=config.blocks, heads=config.heads
+    ),
+}
+"""Name -> builder from (config, annotation_dim)."""

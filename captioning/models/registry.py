@@ -3,9 +3,13 @@
 from collections.abc import Callable
 
 from captioning.config import DecoderConfig
+from captioning.models.baselines import build_lstm
 from captioning.models.decoder import Decoder, build_attention_lstm
 
-DECODERS: dict[str, Callable[[DecoderConfig, int, int], Decoder]] = {"attention_lstm": build_attention_lstm}
+DECODERS: dict[str, Callable[[DecoderConfig, int, int], Decoder]] = {
+    "attention_lstm": build_attention_lstm,
+    "lstm": build_lstm,
+}
 """Name -> builder from (config, vocabulary_size, annotation_dim)."""
 
 
