@@ -10,138 +10,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-Fit = Literal["crop", "squash"]
+from captioning.checks import fraction, not_negative, positive, unread
+from captioning.model_config import DecoderConfig, EncoderConfig, RegionEncoderConfig
+
 Location = Literal["argmax", "sample", "expected"]
 LOCATIONS: tuple[Location, ...] = get_args(Location)
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        if getattr(owner, name) <= 0:
-            raise ValueError(f"{name} must be positive (got {getattr(owner, name)})")
-
-
-def _fraction(owner: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(owner, name) < 1:
-            raise ValueError(f"{name} must lie in [0, 1) (got {getattr(owner, name)})")
-
-
-def _not_negative(owner: object, *names: str) -> None:
-    for name in names:
-        if getattr(owner, name) < 0:
-            raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
-
-
-def _unread(owner: Any, why: str, *names: str, prefix: str = "") -> None:
-    """Refuse fields (all, if none are named) that someone changed and that nothing will read."""
-    for each in dataclasses.fields(owner):
-        if (not names or each.name in names) and getattr(owner, each.name) != each.default:
-            raise ValueError(f"{prefix}{each.name}={getattr(owner, each.name)!r} {why}")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """A torchvision CNN cut at a named node, and the picture that it sees.
-
-    Args:
-        name: any torchvision classification model, e.g. vgg19, resnet50, mobilenet_v2.
-        layer: the node to cut at, e.g. features.18; by default the last one with the asked grid.
-        grid: side of the feature map (7 or 14 at 224 pixels); by default the paper's for vgg, 7 for the others.
-        weights: DEFAULT or another name of torchvision's weights enum, a .pth or .safetensors file with the network's
-            state dict, or null for random weights.
-        image_size: side of the square input in pixels.
-        fit: how a photo becomes square: crop (shorter side, then the centre) or squash (both sides, aspect is lost).
-        train_from: null freezes the network; all, or the name of the first stage that is trained, e.g. features.14.
-        batch_norm: frozen keeps the running statistics while training, train updates them (networks from scratch).
-    """
-
-    name: str = "mobilenet_v2"
-    layer: str | None = None
-    grid: int | None = None
-    weights: str | None = "DEFAULT"
-    image_size: int = 224
-    fit: Fit = "crop"
-    train_from: str | None = None
-    batch_norm: Literal["frozen", "train"] = "frozen"
-
-    def __post_init__(self) -> None:
-        _positive(self, "image_size")
-
-
-@dataclass(frozen=True)
-class RegionEncoderConfig:
-    """What the annotation vectors go through between the CNN and the decoder.
-
-    Args:
-        name: none (the paper), lstm or bilstm (an RNN reads the regions row by row), self_attention (the regions look
-            at each other; SAGAN, non-local networks).
-        positions: what tells the vectors their places: none (the paper), learned (one vector per row and per column) or
-            sinusoidal.
-        dim: size of the LSTM's state (of each of the bilstm's two), of self_attention's queries, keys and values over
-            all heads.
-        blocks: how often self_attention is repeated.
-        heads: of its attention; 1 is SAGAN's.
-    """
-
-    name: Literal["none", "lstm", "bilstm", "self_attention"] = "none"
-    positions: Literal["none", "learned", "sinusoidal"] = "none"
-    dim: int = 512
-    blocks: int = 1
-    heads: int = 8
-
-    def __post_init__(self) -> None:
-        _positive(self, "dim", "blocks", "heads")
-        meaningless = f"has no meaning with region_encoder.name={self.name!r}; leave it out"
-        if self.name == "none":
-            _unread(self, meaningless, "dim")
-        if self.name != "self_attention":
-            _unread(self, meaningless, "blocks", "heads")
-        elif self.dim % self.heads:
-            raise ValueError(f"region_encoder.heads must divide region_encoder.dim (got {self.heads} and {self.dim})")
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The language model, Xu et al. (2015), section 3.1.2, and its relatives.
-
-    Args:
-        name: attention_lstm (the paper) or lstm (one vector of the whole image, no attention).
-        attention: soft (deterministic, eq. 13) or hard (one sampled location per word, eqs. 8-9); see `HardConfig`.
-        alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general (Luong) or scaled_dot.
-        gate: beta: scalar (the paper), vector (many ports) or none.
-        embedding_dim: m, size of a word's embedding E y.
-        hidden_dim: n, size of the LSTM state.
-        attention_dim: size of the space in which additive and scaled_dot compare query and key.
-        dropout: rate in the deep output (eq. 7), on h and on the tanh.
-        embedding_dropout: rate on the embedded words.
-        annotation_dropout: rate on the annotation vectors.
-        tie_embeddings: L_o shares its matrix with E.
-        inject: how the lstm gets its vector: first (as the word before the first), init (as its initial state) or
-            each_step.
-        context: that vector: the mean of the annotation vectors or the last of them; by default the last after
-            region_encoder.name='lstm', which by then has read them all, and else the mean.
-    """
-
-    name: Literal["attention_lstm", "lstm"] = "attention_lstm"
-    attention: Literal["soft", "hard"] = "soft"
-    alignment: Literal["additive", "dot", "general", "scaled_dot"] = "additive"
-    gate: Literal["scalar", "vector", "none"] = "scalar"
-    embedding_dim: int = 512
-    hidden_dim: int = 512
-    attention_dim: int = 512
-    dropout: float = 0.5
-    embedding_dropout: float = 0.0
-    annotation_dropout: float = 0.0
-    tie_embeddings: bool = False
-    inject: Literal["first", "init", "each_step"] = "init"
-    context: Literal["mean", "last"] | None = None
-
-    def __post_init__(self) -> None:
-        _positive(self, "embedding_dim", "hidden_dim", "attention_dim")
-        _fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
-        unread = ("attention", "alignment", "gate") if self.name == "lstm" else ("inject", "context")
-        _unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", *unread)
 
 
 @dataclass(frozen=True)
@@ -157,8 +30,8 @@ class LossConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _not_negative(self, "lambda_ds")
-        _fraction(self, "label_smoothing")
+        not_negative(self, "lambda_ds")
+        fraction(self, "label_smoothing")
 
 
 @dataclass(frozen=True)
@@ -187,9 +60,9 @@ class HardConfig:
     relaxation: Literal["none", "gumbel_straight_through"] = "none"
 
     def __post_init__(self) -> None:
-        _positive(self, "samples")
-        _not_negative(self, "lambda_r", "lambda_e")
-        _fraction(self, "expectation_probability")
+        positive(self, "samples")
+        not_negative(self, "lambda_r", "lambda_e")
+        fraction(self, "expectation_probability")
         if self.baseline == "leave_one_out" and self.samples < 2:
             raise ValueError(f"baseline='leave_one_out' needs samples of at least 2 (got {self.samples})")
         if self.relaxation != "none" and self.baseline != "none":
@@ -223,9 +96,9 @@ class OptimizerConfig:
     average_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "encoder_learning_rate")
-        _not_negative(self, "weight_decay", "warmup_steps", "clip_norm")
-        _fraction(self, "average_decay")
+        positive(self, "learning_rate", "encoder_learning_rate")
+        not_negative(self, "weight_decay", "warmup_steps", "clip_norm")
+        fraction(self, "average_decay")
 
 
 @dataclass(frozen=True)
@@ -258,8 +131,8 @@ class SearchConfig:
     location: Location = "argmax"
 
     def __post_init__(self) -> None:
-        _positive(self, "beam_size", "max_length", "num_captions", "temperature")
-        _not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
+        positive(self, "beam_size", "max_length", "num_captions", "temperature")
+        not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1] (got {self.top_p})")
         if not self.sample and self.num_captions > self.beam_size:
@@ -290,8 +163,8 @@ class ValidationConfig:
     search: SearchConfig = field(default_factory=lambda: SearchConfig(beam_size=3))
 
     def __post_init__(self) -> None:
-        _positive(self, "every", "batch_size")
-        _not_negative(self, "images", "patience", "diagnose_images")
+        positive(self, "every", "batch_size")
+        not_negative(self, "images", "patience", "diagnose_images")
         if self.diagnose_images == 1:
             raise ValueError("diagnose_images must be 0, or at least 2 to exchange attention between images (got 1)")
 
@@ -345,10 +218,10 @@ class Settings:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "captions_per_image")
-        _not_negative(self, "workers", "save_every", "threads", "seed")
+        positive(self, "epochs", "batch_size", "captions_per_image")
+        not_negative(self, "workers", "save_every", "threads", "seed")
         if self.decoder.attention != "hard":
-            _unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
+            unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
         if self.decoder.name == "lstm":
             self._check_lstm()
 

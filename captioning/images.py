@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from captioning.config import Fit, one_line
+from captioning.config import one_line
+from captioning.model_config import Fit
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: 100 megapixels are 300 MB of RGB."""

@@ -17,8 +17,9 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from captioning.config import EncoderConfig, Fit, to_dict
+from captioning.config import EncoderConfig, to_dict
 from captioning.data import SPLITS
+from captioning.model_config import Fit
 from captioning.tokenization import tokenize
 from captioning.vocabulary import Vocabulary
 from preprocess.encode import Annotator, Pictures, decode

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from captioning.config import EncoderConfig, Fit, one_line
+from captioning.config import EncoderConfig, one_line
 from captioning.images import open_image, to_array, to_square
+from captioning.model_config import Fit
 from captioning.models.encoder import build_encoder
 from preprocess.sources import Record
 

@@ -1,0 +1,32 @@
+"""What a setting may be: each check is one line that names the field, the value and what is allowed."""
+
+import dataclasses
+from typing import Any
+
+
+def positive(owner: object, *names: str) -> None:
+    """Refuse numbers that are not above 0."""
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ValueError(f"{name} must be positive (got {getattr(owner, name)})")
+
+
+def fraction(owner: object, *names: str) -> None:
+    """Refuse numbers outside [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(owner, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1) (got {getattr(owner, name)})")
+
+
+def not_negative(owner: object, *names: str) -> None:
+    """Refuse numbers below 0."""
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
+
+
+def unread(owner: Any, why: str, *names: str, prefix: str = "") -> None:
+    """Refuse fields (all, if none are named) that someone changed and that nothing will read."""
+    for each in dataclasses.fields(owner):
+        if (not names or each.name in names) and getattr(owner, each.name) != each.default:
+            raise ValueError(f"{prefix}{each.name}={getattr(owner, each.name)!r} {why}")

@@ -1,0 +1,112 @@
+"""What the network is: the configs of its three parts, which a checkpoint holds."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from captioning.checks import fraction, positive, unread
+
+Fit = Literal["crop", "squash"]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A torchvision CNN cut at a named node, and the picture that it sees.
+
+    Args:
+        name: any torchvision classification model, e.g. vgg19, resnet50, mobilenet_v2.
+        layer: the node to cut at, e.g. features.18; by default the last one with the asked grid.
+        grid: side of the feature map (7 or 14 at 224 pixels); by default the paper's for vgg, 7 for the others.
+        weights: DEFAULT or another name of torchvision's weights enum, a .pth or .safetensors file with the network's
+            state dict, or null for random weights.
+        image_size: side of the square input in pixels.
+        fit: how a photo becomes square: crop (shorter side, then the centre) or squash (both sides, aspect is lost).
+        train_from: null freezes the network; all, or the name of the first stage that is trained, e.g. features.14.
+        batch_norm: frozen keeps the running statistics while training, train updates them (networks from scratch).
+    """
+
+    name: str = "mobilenet_v2"
+    layer: str | None = None
+    grid: int | None = None
+    weights: str | None = "DEFAULT"
+    image_size: int = 224
+    fit: Fit = "crop"
+    train_from: str | None = None
+    batch_norm: Literal["frozen", "train"] = "frozen"
+
+    def __post_init__(self) -> None:
+        positive(self, "image_size")
+
+
+@dataclass(frozen=True)
+class RegionEncoderConfig:
+    """What the annotation vectors go through between the CNN and the decoder.
+
+    Args:
+        name: none (the paper), lstm or bilstm (an RNN reads the regions row by row), self_attention (the regions look
+            at each other; SAGAN, non-local networks).
+        positions: what tells the vectors their places: none (the paper), learned (one vector per row and per column) or
+            sinusoidal.
+        dim: size of the LSTM's state (of each of the bilstm's two), of self_attention's queries, keys and values over
+            all heads.
+        blocks: how often self_attention is repeated.
+        heads: of its attention; 1 is SAGAN's.
+    """
+
+    name: Literal["none", "lstm", "bilstm", "self_attention"] = "none"
+    positions: Literal["none", "learned", "sinusoidal"] = "none"
+    dim: int = 512
+    blocks: int = 1
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        positive(self, "dim", "blocks", "heads")
+        meaningless = f"has no meaning with region_encoder.name={self.name!r}; leave it out"
+        if self.name == "none":
+            unread(self, meaningless, "dim")
+        if self.name != "self_attention":
+            unread(self, meaningless, "blocks", "heads")
+        elif self.dim % self.heads:
+            raise ValueError(f"region_encoder.heads must divide region_encoder.dim (got {self.heads} and {self.dim})")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The language model, Xu et al. (2015), section 3.1.2, and its relatives.
+
+    Args:
+        name: attention_lstm (the paper) or lstm (one vector of the whole image, no attention).
+        attention: soft (deterministic, eq. 13) or hard (one sampled location per word, eqs. 8-9); see `HardConfig`.
+        alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general (Luong) or scaled_dot.
+        gate: beta: scalar (the paper), vector (many ports) or none.
+        embedding_dim: m, size of a word's embedding E y.
+        hidden_dim: n, size of the LSTM state.
+        attention_dim: size of the space in which additive and scaled_dot compare query and key.
+        dropout: rate in the deep output (eq. 7), on h and on the tanh.
+        embedding_dropout: rate on the embedded words.
+        annotation_dropout: rate on the annotation vectors.
+        tie_embeddings: L_o shares its matrix with E.
+        inject: how the lstm gets its vector: first (as the word before the first), init (as its initial state) or
+            each_step.
+        context: that vector: the mean of the annotation vectors or the last of them; by default the last after
+            region_encoder.name='lstm', which by then has read them all, and else the mean.
+    """
+
+    name: Literal["attention_lstm", "lstm"] = "attention_lstm"
+    attention: Literal["soft", "hard"] = "soft"
+    alignment: Literal["additive", "dot", "general", "scaled_dot"] = "additive"
+    gate: Literal["scalar", "vector", "none"] = "scalar"
+    embedding_dim: int = 512
+    hidden_dim: int = 512
+    attention_dim: int = 512
+    dropout: float = 0.5
+    embedding_dropout: float = 0.0
+    annotation_dropout: float = 0.0
+    tie_embeddings: bool = False
+    inject: Literal["first", "init", "each_step"] = "init"
+    context: Literal["mean", "last"] | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, "embedding_dim", "hidden_dim", "attention_dim")
+        fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
+        strange = ("attention", "alignment", "gate") if self.name == "lstm" else ("inject", "context")
+        unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", *strange)
