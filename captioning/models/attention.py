@@ -52,8 +52,10 @@ class Attention(nn.Module):
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
         """The memory of N images."""
-        keys = self.alignment.keys(a)
-        return Memory(a=a.to(keys.dtype), keys=keys)  # under autocast: cast once, not once per word
+        kind = a.device.type
+        if torch.is_autocast_enabled(kind):
+            a = a.to(torch.get_autocast_dtype(kind))  # once, not once per word
+        return Memory(a=a, keys=self.alignment.keys(a))
 
     def forward(self, query: Float[Tensor, "R n"], memory: Memory) -> Context:
         """Attend."""

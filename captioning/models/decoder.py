@@ -156,13 +156,13 @@ class AttentionLSTM(Decoder):
         n, k = mask.shape[:2]
         memory = self.prepare(a)
         embedded = self.embedding_dropout(self.E(inputs))
-        word_gates = self.lstm_word(embedded)  # the words' half of eq. 1, for all steps at once
+        word_gates = self.lstm_word(embedded).unbind(2)  # the words' half of eq. 1, for all steps at once
         state = self.initial_state(memory, k)
         rows = (n, k)
         states, steps = [state.h], []
         for t, active in enumerate(_active_rows(mask)):
             state = State(*(_resize(x, rows, active) for x in state))
-            gates = word_gates[: active[0], : active[1], t].flatten(0, 1)
+            gates = word_gates[t][: active[0], : active[1]].flatten(0, 1)
             forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
             state, z, beta, context = self._recur(gates, state, memory.first(active[0]), *forced)
             states.append(_resize(state.h, active, (n, k)))

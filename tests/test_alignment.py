@@ -1,0 +1,56 @@
+"""Additive alignment computes its tanh from two exponentials, in blocks, with a gradient of its own."""
+
+import pytest
+import torch
+
+from captioning.models import alignment
+from captioning.models.alignment import AdditiveAlignment
+
+
+def additive(scale: float = 1.0) -> tuple[AdditiveAlignment, torch.Tensor, torch.Tensor]:
+    """An alignment with three images of two queries and five locations."""
+    torch.manual_seed(0)
+    module = AdditiveAlignment(query_dim=3, annotation_dim=4, dim=6).double()
+    return module, torch.randn(3, 2, 3).double(), scale * torch.randn(3, 5, 4).double()
+
+
+def plain(module: AdditiveAlignment, query: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """The formula as it stands in the paper."""
+    return module.v(torch.tanh(module.key(a).unsqueeze(1) + module.query(query).unsqueeze(2))).squeeze(-1)
+
+
+@pytest.mark.parametrize("block", [1, 60, 2**19])  # one image, one image, and all three at a time
+@pytest.mark.parametrize("scale", [1.0, 1e3])  # at 1e3 most are 1 or -1, and an uncut exp(2x) infinite
+def test_additive_scores_and_gradients_are_those_of_the_tanh(monkeypatch, block, scale):
+    monkeypatch.setattr(alignment, "BLOCK", block)
+    module, query, a = additive(scale)
+    leaves = [query.requires_grad_(), a.requires_grad_(), *module.parameters()]
+    weights = torch.randn(3, 2, 5).double()
+    scores = [module(query, module.keys(a)), plain(module, query, a)]
+    torch.testing.assert_close(*scores)
+    if scale == 1.0:
+        gradients = [torch.autograd.grad((weights * x).sum(), leaves) for x in scores]
+        torch.testing.assert_close(*gradients)
+
+
+def test_saturated_additive_scores_have_finite_gradients():
+    module, query, a = (x.float() for x in additive(1e3))
+    leaves = [query.requires_grad_(), a.requires_grad_(), *module.parameters()]
+    gradients = torch.autograd.grad(module(query, module.keys(a)).sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_gradient_of_additive_scores_is_the_derivative():
+    module, query, a = additive()
+    assert torch.autograd.gradcheck(
+        lambda q, x, *_: module(q, module.keys(x)),
+        (query.requires_grad_(), a.requires_grad_(), *module.parameters()),
+    )
+
+
+def test_bf16_matrix_products_leave_the_scores_in_fp32():
+    module, query, a = (x.float() for x in additive())
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = module(query, module.keys(a))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, plain(module, query, a), atol=0.03, rtol=0)
