@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_decoder import batch, build, every_variant
+from test_decoder import LOCATIONS, batch, build, every_variant
 from torch import Tensor
 
 from captioning.listening import attention_of, exchange, forced, replacements
@@ -118,7 +118,10 @@ def test_forcing_a_decoders_own_weights_changes_nothing(config):
     own = decoder(a, words)
     attention = attention_of(decoder)
     if attention is None:
-        with pytest.raises(ValueError, match="has no attention that could be forced"), forced(decoder, own.alphas):
+        with (
+            pytest.raises(ValueError, match="has no attention that could be forced"),
+            forced(decoder, torch.ones(2, 3, 5, 5)),
+        ):
             pass
         return
     looked = own.alphas
