@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from captioning.checkpoint import Checkpoint, load_checkpoint
-from captioning.config import SearchConfig
+from captioning.config import LOCATIONS, SearchConfig
 from captioning.decoding import Hypothesis, search
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
 from captioning.tokenization import detokenize
@@ -167,6 +167,8 @@ def search_config(**options: int | float | bool | str) -> SearchConfig:
     for name in options:
         if name not in allowed:
             raise ValueError(f"unknown option {name!r}; allowed: {', '.join(allowed)}")
+    if options.get("location", LOCATIONS[0]) not in LOCATIONS:
+        raise ValueError(f"location must be one of {', '.join(LOCATIONS)} (got {options['location']!r})")
     return SearchConfig(**options)  # type: ignore[arg-type]
 
 

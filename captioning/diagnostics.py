@@ -98,6 +98,17 @@ def gradient_signal_to_noise(gradients: Float[Tensor, "B P"]) -> float:
     return ((gradients.mean(dim=0).square().sum() - noise / len(gradients)) / noise).item()
 
 
+def importance_weighted_bound(log_weights: Float[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
+    """Log (1/K) sum_k p(y|s_k,a), with paths s_k drawn from p(s|a): a bound on log p(y|a), Burda et al. (2016), eq. 8.
+
+    Its mean over draws is L_s (Xu et al., 2015, eq. 10) for K = 1, grows with K and tends to log p(y|a).
+
+    Args:
+        log_weights: log p(y|s_k,a) of K sampled paths.
+    """
+    return log_weights.logsumexp(dim=-1) - math.log(log_weights.shape[-1])
+
+
 def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False) -> str | None:
     """What to say if the attention has been dead for PATIENCE validations, else None.
 

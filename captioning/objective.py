@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
-from captioning.config import HardConfig, Settings
+from captioning.config import HardConfig
 from captioning.losses import REWARDS, by_word, doubly_stochastic_penalty, reinforce, word_nll
 from captioning.models.attention import Look, looking
 from captioning.models.decoder import Output
@@ -44,8 +44,7 @@ class HardTerms(NamedTuple):
 def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"]) -> Objective:
     """The NLL of the captions and the penalty, eq. 14; with hard attention, the terms of eq. 12 too."""
     settings = run.settings
-    look = training_look(settings)
-    with run.accelerator.autocast(), looking(run.model, look):
+    with run.accelerator.autocast(), looking(run.model, training_look(settings.hard)):
         output: Output = run.wrapped(images, captions.repeat_interleave(settings.hard.samples, dim=1))
     words, rows = _means(run, torch.stack([output.mask.sum(), output.mask.any(dim=-1).sum()]).float())
     nlls = word_nll(output.logits, output.targets, label_smoothing=settings.loss.label_smoothing)
@@ -63,10 +62,10 @@ def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[
     return Objective(loss, nll, int(output.mask.sum()) // settings.hard.samples, curves)
 
 
-def training_look(settings: Settings) -> Look:
+def training_look(hard: HardConfig, generator: torch.Generator | None = None) -> Look:
     """How hard attention looks in training: eq. 8 or its relaxation, some images with the mean context."""
-    location = settings.hard.relaxation if settings.hard.relaxation != "none" else "sample"
-    return Look(location, settings.hard.expectation_probability)
+    location = "sample" if hard.relaxation == "none" else hard.relaxation
+    return Look(location, hard.expectation_probability, generator)
 
 
 def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, baseline: Baseline) -> HardTerms:

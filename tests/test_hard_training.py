@@ -1,0 +1,225 @@
+"""Training with hard attention: it resumes to the same bits, starts from a soft model, and says what it minimises."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import ROOT, TINY, same_bits, saved_bits, tiny_settings
+
+import caption as caption_command
+from captioning import evaluate, training
+from captioning.api import load_captioner
+from captioning.checkpoint import load_checkpoint, read_tensors
+from captioning.config import EncoderConfig, HardConfig, LossConfig, Settings
+from captioning.data import CaptionData, CaptionDataset, load_batches
+from captioning.objective import HardTerms, teacher_forced, update_baseline
+from captioning.run import plan, start
+from captioning.vocabulary import PAD
+
+HARD = dataclasses.replace(TINY["decoder"], attention="hard")
+ESTIMATORS = [
+    HardConfig(),
+    HardConfig(baseline="learned"),
+    HardConfig(baseline="leave_one_out", samples=2, expectation_probability=0.0),
+    HardConfig(baseline="none", relaxation="gumbel_straight_through"),
+]
+
+
+def hard_settings(data: Path, output: Path, hard: HardConfig = ESTIMATORS[0], **changes: Any) -> Settings:
+    return tiny_settings(data, output, **{"decoder": HARD, "hard": hard, "epochs": 1, **changes})
+
+
+def first_batch(settings: Settings):
+    data = CaptionData(settings.data)
+    dataset = CaptionDataset(data, image_size=32)
+    return next(load_batches(dataset, plan(settings, data, epoch=0), captions_per_image=5))
+
+
+@pytest.mark.parametrize("hard", ESTIMATORS, ids=lambda hard: f"{hard.baseline}-{hard.relaxation}")
+def test_a_hard_run_interrupted_and_resumed_ends_with_the_same_bits(hard, tiny_data, tmp_path, monkeypatch):
+    training.train(hard_settings(tiny_data, tmp_path / "whole", hard))
+    steps = 0
+    real_step = training.train_step
+
+    def step_then_signal(run, batch):
+        nonlocal steps
+        steps += 1
+        result = real_step(run, batch)
+        if steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    settings = hard_settings(tiny_data, tmp_path / "run", hard)
+    monkeypatch.setattr(training, "train_step", step_then_signal)
+    with pytest.raises(training.Interrupted):
+        training.train(settings)
+    monkeypatch.undo()
+    training.train(dataclasses.replace(settings, resume=True))
+    whole = saved_bits(tmp_path / "whole")
+    assert same_bits(saved_bits(tmp_path / "run"), whole)
+    if hard.baseline == "moving_average":
+        assert whole["baseline/b"] < -0.1
+    if hard.baseline == "learned":
+        torch.manual_seed(0)
+        assert "baseline/net.0.weight" in whole
+
+
+def test_the_learned_baseline_is_trained(tiny_data, tmp_path):
+    settings = hard_settings(tiny_data, tmp_path / "run", HardConfig(baseline="learned", expectation_probability=0.0))
+    run = start(settings)
+    before = {name: x.clone() for name, x in run.baseline.state_dict().items()}
+    training.train_epoch(run, {"now": False})
+    assert all(not torch.equal(x, before[name]) for name, x in run.baseline.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def hard_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The talkative tiny checkpoint, told that its attention is hard."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "hard"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["decoder"]["attention"] = "hard"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_caption_of_a_hard_model_says_where_each_word_looked(hard_checkpoint, tiny_data):
+    captioner = load_captioner(hard_checkpoint)
+    photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
+    caption = captioner.caption(photo, max_length=6)[0]
+    assert len(caption.words) > 1
+    assert caption.locations.tolist() == [int(alpha.argmax()) for alpha in caption.alphas]
+    assert captioner.caption(photo, location="expected")[0].locations is None
+    drawn = [captioner.caption(photo, location="sample", seed=seed)[0] for seed in (3, 3, 4)]
+    assert np.array_equal(drawn[0].locations, drawn[1].locations)
+    assert not np.array_equal(drawn[0].locations, drawn[2].locations)
+    with pytest.raises(ValueError, match=r"location must be one of argmax, sample, expected \(got 'expcted'\)"):
+        captioner.caption(photo, location="expcted")
+
+
+def test_evaluate_says_how_a_hard_model_looked(hard_checkpoint, tiny_checkpoint, tiny_annotations, capsys):
+    common = ["--data", str(tiny_annotations), "--tokenizer", "python", "--max-length", "6", "--device", "cpu"]
+    for location in ("argmax", "expected"):
+        assert evaluate.main(["--checkpoint", str(hard_checkpoint), "--location", location, *common]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"location: {location}" in lines
+        assert json.loads(lines[-1])["location"] == location
+    assert evaluate.main(["--checkpoint", str(tiny_checkpoint), *common]) == 0
+    assert "location" not in capsys.readouterr().out
+    assert evaluate.main(["--checkpoint", str(tiny_checkpoint), "--location", "sample", *common]) == 2
+    assert capsys.readouterr().err == "evaluate: location='sample' needs a model with hard attention\n"
+
+
+def test_the_command_line_shows_the_location_and_marks_it(hard_checkpoint, tiny_data, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()).save(photo)
+    command = [str(photo), "--checkpoint", str(hard_checkpoint), "--device", "cpu", "--max-length", "5", "--words"]
+    output = ["--json", str(tmp_path / "x.json"), "--overlay", str(tmp_path / "overlays"), "--location", "sample"]
+    assert caption_command.main([*command, *output]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())[0]
+    row, column = divmod(found["locations"][0], 4)
+    assert f"looked at row {row + 1} of 4, column {column + 1} of 4" in capsys.readouterr().out
+    assert (tmp_path / "overlays" / "photo.png").exists()
+
+
+def test_a_soft_checkpoint_starts_a_hard_model(tiny_data, tmp_path):
+    soft = tiny_settings(tiny_data, tmp_path / "soft", epochs=1)
+    training.train(soft)
+    run = start(hard_settings(tiny_data, tmp_path / "hard", init_from=str(tmp_path / "soft")))
+    first = load_checkpoint(tmp_path / "soft" / "best").model.state_dict()
+    assert all(torch.equal(x, first[name]) for name, x in run.model.state_dict().items())
+    other = dataclasses.replace(HARD, alignment="general")
+    with pytest.raises(ValueError, match="its decoder is"):
+        start(hard_settings(tiny_data, tmp_path / "other", decoder=other, init_from=str(tmp_path / "soft")))
+
+
+@pytest.mark.parametrize("hard", ESTIMATORS, ids=lambda hard: f"{hard.baseline}-{hard.relaxation}")
+def test_doubling_the_batch_changes_no_weight(hard, tiny_data, tmp_path):
+    # With the expectation in place of samples nothing is random: every term must be the same mean, so their sum too.
+    hard = dataclasses.replace(hard, lambda_e=0.3)
+    settings = hard_settings(tiny_data, tmp_path / "run", hard, encoder=frozen(), loss=LossConfig(lambda_ds=0.7))
+    run = start(settings)
+    run.model.eval()
+    images, words = first_batch(settings)
+    with torch.no_grad(), everywhere_argmax():
+        once = teacher_forced(run, images, words)
+        twice = teacher_forced(run, torch.cat([images, images]), torch.cat([words, words]))
+    assert once.loss.item() == pytest.approx(twice.loss.item(), rel=1e-4)
+    assert twice.words == 2 * once.words == 2 * int((words[..., 1:] != PAD).sum())
+
+
+def frozen() -> EncoderConfig:
+    return dataclasses.replace(TINY["encoder"], batch_norm="frozen")
+
+
+class everywhere_argmax:  # noqa: N801  it reads as a block
+    """Training looks at the likeliest location, so that it is not random; no baseline learns meanwhile."""
+
+    def __enter__(self):
+        from captioning import objective
+        from captioning.models.attention import Look
+
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(objective, "training_look", lambda hard, generator=None: Look("argmax"))
+        self.patch.setattr(objective, "update_baseline", lambda *_: None)
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+def test_the_doubly_stochastic_penalty_acts_on_the_alphas_of_hard_attention(tiny_data, tmp_path):
+    settings = hard_settings(
+        tiny_data, tmp_path / "run", HardConfig(lambda_r=0.0, lambda_e=0.0, expectation_probability=0.0)
+    )
+    run = start(settings)
+    gradients = []
+    for lambda_ds in (0.0, 5.0):
+        run.settings = dataclasses.replace(settings, loss=LossConfig(lambda_ds=lambda_ds))
+        run.model.zero_grad()
+        torch.manual_seed(0)
+        teacher_forced(run, *first_batch(settings)).loss.backward()
+        gradients.append(run.model.decoder.attention.alignment.v.weight.grad.abs().sum().item())
+    assert gradients[0] == 0  # the location is sampled and no term is left that asks for alpha
+    assert gradients[1] > 0
+
+
+def test_the_moving_average_learns_from_all_processes(tiny_data, tmp_path):
+    run = start(hard_settings(tiny_data, tmp_path / "run"))
+
+    class OfTwo:
+        num_processes = 2
+
+        def reduce(self, values):
+            return values + torch.tensor([-50.0, 10.0, 2.0])  # what the other process sampled
+
+    run.accelerator = OfTwo()
+    terms = HardTerms(torch.zeros(()), {}, torch.tensor([-30.0, 10.0, 2.0]))
+    update_baseline(run, run.baseline, terms)
+    assert run.baseline.b.item() == pytest.approx(0.1 * -80 / 20)
+    update_baseline(run, run.baseline, HardTerms(torch.zeros(()), {}, torch.tensor([50.0, -10.0, -2.0])))
+    assert run.baseline.b.item() == pytest.approx(0.1 * -80 / 20)  # no caption was sampled anywhere: nothing is learnt
+
+
+@pytest.mark.slow
+def test_two_processes_train_hard_attention(tiny_data, tmp_path):
+    settings = hard_settings(tiny_data, tmp_path / "run", HardConfig(baseline="learned"), encoder=frozen())
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(dataclasses.asdict(settings)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, "--config", str(recipe)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    saved = read_tensors(tmp_path / "run" / "last" / "training.safetensors")
+    assert all(saved[name].isfinite().all() for name in saved if name.startswith("baseline/"))
