@@ -186,6 +186,7 @@ class Settings:
         optimizer: the optimiser and its schedule.
         validation: how the best checkpoint is chosen.
         epochs: passes over all captions of the train split.
+        max_steps: the run ends after so many steps, if its epochs have more, and its schedule with it; 0 sets no limit.
         batch_size: images per step, over all processes.
         captions_per_image: captions of one image in one step; they share its encoder work and its keys.
         augment: none, flip, crop or crop_flip; needs a data file with pixels.
@@ -208,6 +209,7 @@ class Settings:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     epochs: int = 10
+    max_steps: int = 0
     batch_size: int = 32
     captions_per_image: int = 5
     augment: Literal["none", "flip", "crop", "crop_flip"] = "none"
@@ -219,7 +221,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "captions_per_image")
-        not_negative(self, "workers", "save_every", "threads", "seed")
+        not_negative(self, "max_steps", "workers", "save_every", "threads", "seed")
         if self.decoder.attention != "hard":
             unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
         if self.decoder.name == "lstm":

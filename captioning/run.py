@@ -46,6 +46,7 @@ class Progress:
     best_epoch: int = 0
     without_gain: int = 0
     seconds: float = 0.0
+    words: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -65,6 +66,11 @@ class Run:
     progress: Progress
     writer: SummaryWriter | None
     total_steps: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step was made, and its epoch closed."""
+        return self.progress.step >= self.total_steps and self.progress.batch == 0
 
     @property
     def evaluated(self) -> CaptioningModel:
@@ -110,6 +116,7 @@ def start(settings: Settings) -> Run:
     batches = len(plan(settings, data, epoch=0))
     writer = open_output(settings, progress) if accelerator.is_main_process else None
     total = batches * settings.epochs
+    total = min(total, settings.max_steps or total)
     run = Run(
         settings, accelerator, data, encoder, model, wrapped, optimizer, average, baseline, progress, writer, total
     )
@@ -197,8 +204,8 @@ def check_same_run(settings: Settings, state: TrainingState) -> None:
 
 
 def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Sample]]:
-    """The batches of an epoch, over all processes."""
-    return plan_epoch(
+    """The batches of an epoch, over all processes; fewer or none after `max_steps`."""
+    batches = plan_epoch(
         data,
         "train",
         captions_per_image=settings.captions_per_image,
@@ -206,6 +213,7 @@ def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Samp
         seed=settings.seed,
         epoch=epoch,
     )
+    return batches[: max(settings.max_steps - epoch * len(batches), 0)] if settings.max_steps else batches
 
 
 def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:

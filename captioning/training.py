@@ -52,11 +52,13 @@ def train(settings: Settings) -> Path:
     output = Path(settings.output)
     with _stop_signals() as stop:
         for epoch in range(run.progress.epoch, settings.epochs):
+            if run.complete:
+                break
             if settings.validation.patience and run.progress.without_gain >= settings.validation.patience:
                 say(run, f"no better CIDEr for {run.progress.without_gain} validations: stopping early")
                 break
             train_epoch(run, stop)
-            if (epoch + 1) % settings.validation.every == 0 or epoch + 1 == settings.epochs:
+            if (epoch + 1) % settings.validation.every == 0 or run.progress.step >= run.total_steps:
                 validate(run)
             run.progress.epoch, run.progress.batch = epoch + 1, 0
             save_last(run)
@@ -93,6 +95,8 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> None:
         loss, words = train_step(run, batch)
         progress.batch += 1
         progress.step += 1
+        progress.words += words
+        progress.seconds += time.perf_counter() - clock
         loss_sum, words_seen = loss_sum + loss * words, words_seen + words
         elapsed = time.perf_counter() - began
         bar.set_postfix_str(f"nll {loss_sum / words_seen:.3f}, {words_seen / elapsed:,.0f} words/s", refresh=False)
@@ -106,7 +110,6 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> None:
             raise Interrupted(f"stopped at step {progress.step}; go on with the same command and --resume true")
     bar.close()
     elapsed = time.perf_counter() - began
-    progress.seconds += elapsed
     curve(run, "train/words_per_second", words_seen / elapsed)
     curve(run, "train/share_waiting_for_data", waited / elapsed)
     say(

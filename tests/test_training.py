@@ -112,6 +112,45 @@ def test_a_killed_process_resumes_from_its_last_saved_step_to_the_same_bits(whol
     assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
 
 
+@pytest.mark.parametrize(("max_steps", "batches"), [(3, [3, 0]), (4, [4, 0]), (6, [4, 2]), (8, [4, 4]), (99, [4, 4])])
+def test_max_steps_ends_the_run_and_its_schedule(max_steps, batches, tiny_data, tmp_path):
+    settings = tiny_settings(tiny_data, tmp_path / "run", max_steps=max_steps)
+    run = start(settings)
+    assert [len(plan(settings, run.data, epoch=epoch)) for epoch in range(2)] == batches
+    assert run.total_steps == sum(batches)
+
+
+@pytest.mark.parametrize("stop_after", [2, 5, 6])
+def test_a_run_with_max_steps_is_validated_at_its_end_and_resumes_to_the_same_bits(
+    stop_after, tiny_data, tmp_path, monkeypatch
+):
+    validation = dataclasses.replace(TINY["validation"], every=9)
+    settings = tiny_settings(tiny_data, tmp_path / "whole", max_steps=6, epochs=5, validation=validation)
+    training.train(settings)
+    progress = load_checkpoint(tmp_path / "whole" / "last").about["progress"]
+    assert (progress["step"], progress["batch"], len(progress["history"])) == (6, 0, 1)
+    assert progress["words"] > 0
+    assert progress["seconds"] > 0
+
+    real_step = training.train_step
+
+    def step_then_signal(run, batch):
+        result = real_step(run, batch)
+        if run.progress.step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    again = dataclasses.replace(settings, output=str(tmp_path / "again"))
+    monkeypatch.setattr(training, "train_step", step_then_signal)
+    with pytest.raises(training.Interrupted):
+        training.train(again)
+    monkeypatch.undo()
+    for _ in range(2):  # the second time there is nothing left to do
+        training.train(dataclasses.replace(again, resume=True))
+    assert same_bits(saved_bits(tmp_path / "again"), saved_bits(tmp_path / "whole"))
+    assert len(load_checkpoint(tmp_path / "again" / "last").about["progress"]["history"]) == 1
+
+
 def test_another_seed_ends_elsewhere(whole_run, tiny_data, tmp_path):
     training.train(tiny_settings(tiny_data, tmp_path / "run", seed=1))
     assert not same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
