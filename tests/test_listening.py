@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_decoder import batch, build, every_variant
+from test_decoder import LOCATIONS, batch, build, every_variant
 from torch import Tensor
 
 from captioning.listening import attention_of, exchange, forced, replacements
