@@ -119,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--overlay", metavar="DIR", help="write each photo's per-word attention here, as PNG")
+    parse.add_argument("--head", type=int, help="whose attention is shown, from 0; by default the mean of all heads")
     parse.add_argument("--json", metavar="FILE", help="write everything, attention included; - is standard output")
     parse.add_argument("--words", action="store_true", help="also print each word's log-probability, gate and place")
     parse.add_argument("--batch-size", type=int, default=16)
@@ -137,7 +138,7 @@ def make_folders(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Caption every file; 2 if one of them could not be read."""
     files = image_files(options.images)
-    captioner = load_captioner(options.checkpoint, device=options.device)
+    captioner = load_captioner(options.checkpoint, device=options.device, head=options.head)
     if options.overlay and not captioner.attends:
         raise ValueError(f"--overlay: {options.checkpoint} has no attention to draw (its decoder attends to nothing)")
     make_folders(options)

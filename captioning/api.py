@@ -13,6 +13,7 @@ from captioning.checkpoint import Checkpoint, load_checkpoint
 from captioning.config import LOCATIONS, SearchConfig
 from captioning.decoding import Hypothesis, search
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
+from captioning.models.multihead import show_head
 from captioning.tokenization import detokenize
 from captioning.vocabulary import END
 
@@ -59,10 +60,15 @@ class Captioner:
     Args:
         checkpoint: the model with its vocabulary and configs.
         device: where it runs, e.g. "cpu" or "cuda".
+        head: whose attention is returned, where there are several heads; None for their mean.
+
+    Raises:
+        ValueError: there is no such head.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu"):
+    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: int | None = None):
         self.checkpoint = checkpoint
+        show_head(checkpoint.model.decoder, head)
         self.device = torch.device(device)
         self.model = checkpoint.model.to(self.device).eval()
 
@@ -138,18 +144,19 @@ class Captioner:
         )
 
 
-def load_captioner(path: str | Path, *, device: str | torch.device = "cpu") -> Captioner:
+def load_captioner(path: str | Path, *, device: str | torch.device = "cpu", head: int | None = None) -> Captioner:
     """Load a captioner.
 
     Args:
         path: a checkpoint folder, a run's folder (its best checkpoint is taken), or the name of one in PRETRAINED.
         device: where it runs.
+        head: whose attention is returned, where there are several heads; None for their mean.
 
     Raises:
         FileNotFoundError: there is none; names the pretrained ones.
-        ValueError: a file of it is malformed.
+        ValueError: a file of it is malformed, or there is no such head.
     """
-    return Captioner(load_checkpoint(checkpoint_folder(path)), device=device)
+    return Captioner(load_checkpoint(checkpoint_folder(path)), device=device, head=head)
 
 
 def checkpoint_folder(path: str | Path) -> Path:

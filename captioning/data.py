@@ -116,6 +116,10 @@ class CaptionData:
         """Ids of a caption's words, without START and END."""
         return self._words[self._first_word[caption] : self._first_word[caption + 1]]
 
+    def longest_caption(self) -> int:
+        """Words of the longest caption, START and END not counted."""
+        return int(np.diff(self._first_word).max())
+
     def references(self, image: int) -> list[str]:
         """An image's captions as the source gave them."""
         return [self._raw[caption].decode() for caption in self.captions_of(image)]

@@ -4,7 +4,6 @@ Nothing here changes the model's weights and mode, or any random state but its o
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -179,31 +178,33 @@ def diagnose(
     if len(indices) < 2:
         raise ValueError(f"diagnosing attention needs two images or more (got {len(indices)})")
     generator = torch.Generator().manual_seed(seed)
-    nll: defaultdict[str, float] = defaultdict(float)  # summed over the words
+    nll: dict[str, float] = {}
     parts: list[_Words] = []
-    hard = False
+    words, hard = 0, False
     with torch.no_grad(), _evaluating(model):
         for batch in caption_batches(model, data, indices, vocabulary, batch_size=batch_size):
             a, targets = model.annotate(batch.images.to(device)), batch.words.to(device)
             output = model.decoder(a, targets)
-            nll["words"] += len(output.targets)
-            nll["own"] += _nll(output)
+            words += len(output.targets)
+            hard = hard or getattr(output, "locations", None) is not None
+            _add(nll, "as it is", output)
             if output.alphas is None:
                 continue
-            hard = output.locations is not None
             parts.append(_words_of(output, output.alphas, int(parts[-1].captions[-1]) + 1 if parts else 0))
             if attention_of(model.decoder) is not None:
                 looked = _looked(output, output.alphas)
                 for name, alphas in replacements(looked, output.mask, model.encoder.grid, generator).items():
                     with forced(model.decoder, alphas):
-                        nll[name] += _nll(model.decoder(a, targets))
-    words, own = int(nll.pop("words")), nll.pop("own")
+                        _add(nll, name, model.decoder(a, targets))
+    nll = {name: total / words for name, total in nll.items()}
+    own = nll.pop("as it is")
     if not parts:
-        return Diagnosis(len(indices), words, own / words)
-    listening = {name: (total - own) / words for name, total in nll.items()} or None
+        return Diagnosis(len(indices), words, own)
+    listening = {name: value - own for name, value in nll.items()} or None
     joined = _Words(*(torch.cat(x) for x in zip(*parts, strict=True)))
-    numbers = _numbers(joined, vocabulary, generator, hard=hard)
-    return Diagnosis(len(indices), words, own / words, hard=hard, listening=listening, **numbers)
+    return Diagnosis(
+        len(indices), words, own, hard=hard, listening=listening, **_numbers(joined, vocabulary, generator, hard=hard)
+    )
 
 
 def caption_batches(
@@ -222,15 +223,17 @@ def caption_batches(
         yield collate(items)
 
 
-def _nll(output: Output) -> float:
-    return F.cross_entropy(output.logits.float(), output.targets, reduction="sum").item()
+def _add(nll: dict[str, float], name: str, output: Output) -> None:
+    total = F.cross_entropy(output.logits.float(), output.targets, reduction="sum").item()
+    nll[name] = nll.get(name, 0.0) + total
 
 
 def _looked(output: Output, alphas: Float[Tensor, "N K T L"]) -> Float[Tensor, "N K T L"]:
     """Where the decoder looked: its weights, or its hard locations as weights of one."""
-    if output.locations is None:
+    locations = getattr(output, "locations", None)
+    if locations is None:
         return alphas
-    return F.one_hot(output.locations, alphas.shape[-1]).to(alphas.dtype)
+    return F.one_hot(locations, alphas.shape[-1]).to(alphas.dtype)
 
 
 def _words_of(output: Output, alphas: Float[Tensor, "N K T L"], first: int) -> _Words:
@@ -300,7 +303,7 @@ def attention_gradients(
             images = batch.images.to(device)
             with torch.no_grad():
                 a = model.encoder(images) if images.dim() == 4 else images
-            gradients = torch.autograd.grad(loss(a, batch.words.to(device)), parameters, materialize_grads=True)
+            gradients = torch.autograd.grad(loss(a, batch.words.to(device)), parameters)
             found.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(found)
 

@@ -38,7 +38,10 @@ class ForcedAttention(Attention):
 
     def forward(self, query: Float[Tensor, "R n"], memory: Any) -> Context:
         images = len(memory.a)  # the corner of the batch that still goes on, see Decoder.forward
-        alpha = self.alphas[:images, : len(query) // images, self.step].to(memory.a.dtype)
+        captions = len(query) // images
+        at_once = captions > self.alphas.shape[1]  # all words in one call, as Luong's decoder asks
+        alpha = self.alphas.flatten(1, 2) if at_once else self.alphas[:images, :captions, self.step]
+        alpha = alpha.to(memory.a.dtype)
         self.step += 1
         return Context(z=torch.bmm(alpha, memory.a).flatten(0, 1), alpha=alpha.flatten(0, 1))
 

@@ -74,14 +74,16 @@ class DecoderConfig:
     """The language model, Xu et al. (2015), section 3.1.2, and its relatives.
 
     Args:
-        name: attention_lstm (the paper) or lstm (one vector of the whole image, no attention).
+        name: attention_lstm (the paper: attends with h_{t-1}, before the step), luong (attends with h_t, after it),
+            transformer (attends to its words and to the image, no recurrence) or lstm (one vector of the whole image,
+            no attention).
         attention: soft (deterministic, eq. 13) or hard (one sampled location per word, eqs. 8-9); see `HardConfig`.
-        alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general (Luong) or scaled_dot.
-        gate: beta: scalar (the paper), vector (many ports) or none.
+        alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general, concat (Luong) or scaled_dot.
+        gate: beta: scalar (the paper), vector (many ports) or none (Luong).
         embedding_dim: m, size of a word's embedding E y.
-        hidden_dim: n, size of the LSTM state.
-        attention_dim: size of the space in which additive and scaled_dot compare query and key.
-        dropout: rate in the deep output (eq. 7), on h and on the tanh.
+        hidden_dim: n, size of the LSTM state; of the transformer's layers, where it equals embedding_dim.
+        attention_dim: size of the space in which additive, concat and scaled_dot compare query and key.
+        dropout: rate in the deep output (eq. 7), on h and on the tanh; everywhere in the transformer's layers.
         embedding_dropout: rate on the embedded words.
         annotation_dropout: rate on the annotation vectors.
         tie_embeddings: L_o shares its matrix with E.
@@ -89,11 +91,17 @@ class DecoderConfig:
             each_step.
         context: that vector: the mean of the annotation vectors or the last of them; by default the last after
             region_encoder.name='lstm', which by then has read them all, and else the mean.
+        input_feeding: in luong, what was said enters the next step.
+        layers: of the transformer.
+        heads: of each of its attentions; they divide hidden_dim.
+        norm: its layer norm, inside the residual (pre) or after it (post; Vaswani et al., wants a warm-up).
+        positions: what tells it the places of its words: sinusoidal or learned.
+        max_positions: how many are learned: the words of the longest caption, the end word counted.
     """
 
-    name: Literal["attention_lstm", "lstm"] = "attention_lstm"
+    name: Literal["attention_lstm", "luong", "transformer", "lstm"] = "attention_lstm"
     attention: Literal["soft", "hard"] = "soft"
-    alignment: Literal["additive", "dot", "general", "scaled_dot"] = "additive"
+    alignment: Literal["additive", "concat", "dot", "general", "scaled_dot"] = "additive"
     gate: Literal["scalar", "vector", "none"] = "scalar"
     embedding_dim: int = 512
     hidden_dim: int = 512
@@ -104,9 +112,33 @@ class DecoderConfig:
     tie_embeddings: bool = False
     inject: Literal["first", "init", "each_step"] = "init"
     context: Literal["mean", "last"] | None = None
+    input_feeding: bool = False
+    layers: int = 3
+    heads: int = 8
+    norm: Literal["pre", "post"] = "pre"
+    positions: Literal["sinusoidal", "learned"] = "sinusoidal"
+    max_positions: int = 64
 
     def __post_init__(self) -> None:
-        positive(self, "embedding_dim", "hidden_dim", "attention_dim")
+        positive(self, "embedding_dim", "hidden_dim", "attention_dim", "layers", "heads", "max_positions")
         fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
-        strange = ("attention", "alignment", "gate") if self.name == "lstm" else ("inject", "context")
+        strange = [name for name, readers in _READERS.items() if self.name not in readers]
         unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", *strange)
+        if self.name != "transformer":
+            return
+        if self.embedding_dim != self.hidden_dim:
+            raise ValueError(
+                "decoder.name='transformer' needs embedding_dim == hidden_dim "
+                f"(got {self.embedding_dim} and {self.hidden_dim})"
+            )
+        if self.hidden_dim % self.heads:
+            raise ValueError(f"decoder.heads must divide decoder.hidden_dim (got {self.heads} and {self.hidden_dim})")
+
+
+_READERS = {
+    **dict.fromkeys(("attention", "alignment", "gate"), ("attention_lstm", "luong")),
+    **dict.fromkeys(("inject", "context"), ("lstm",)),
+    "input_feeding": ("luong",),
+    **dict.fromkeys(("layers", "heads", "norm", "positions", "max_positions"), ("transformer",)),
+}
+"""Fields that not every decoder reads -> the decoders that do."""

@@ -139,6 +139,7 @@ def open_output(settings: Settings, progress: Progress) -> SummaryWriter:
 
 def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel, EncoderConfig]:
     """The model of the settings: new, or from the checkpoint `init_from`, with the encoder that the data demands."""
+    check_positions(settings, data)
     encoder, encoder_state = fit_encoder(settings.encoder, data), None
     build = partial(build_model, region_encoder=settings.region_encoder)
     if data.kind == ANNOTATIONS:
@@ -172,6 +173,23 @@ def start_baseline(settings: Settings) -> Baseline | None:
     return BASELINES[hard.baseline](
         hidden_dim=settings.decoder.hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go"
     )
+
+
+def check_positions(settings: Settings, data: CaptionData) -> None:
+    """Learned positions must suffice for every caption that is read or written, before an epoch is spent.
+
+    Raises:
+        ValueError: they do not; says how many are needed.
+    """
+    decoder = settings.decoder
+    if decoder.name != "transformer" or decoder.positions != "learned":
+        return
+    needed = 1 + max(data.longest_caption(), settings.validation.search.max_length)
+    if decoder.max_positions < needed:
+        raise ValueError(
+            f"decoder.max_positions={decoder.max_positions}: captions of {data.path} and of the validation's search "
+            f"need {needed}; or use positions='sinusoidal'"
+        )
 
 
 def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:

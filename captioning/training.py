@@ -4,8 +4,6 @@ Everything random in a step is seeded by (seed, step, process), and the order of
 stands is two numbers, and a run that was interrupted anywhere and resumed ends with the same bits.
 """
 
-import copy
-import dataclasses
 import signal
 import sys
 import time
@@ -21,17 +19,14 @@ from tqdm import tqdm
 
 from captioning.checkpoint import save_checkpoint
 from captioning.config import Settings
-from captioning.data import Batch, CaptionDataset, Collate, load_batches, shard
-from captioning.diagnosis import attention_gradients, diagnose
-from captioning.diagnostics import collapse, gradient_signal_to_noise
+from captioning.data import Batch, CaptionDataset, load_batches, shard
+from captioning.diagnosis import diagnose
+from captioning.diagnostics import collapse
 from captioning.evaluate import caption_split
 from captioning.metrics import score
 from captioning.objective import teacher_forced
 from captioning.optimization import learning_rate_factor, set_learning_rate
 from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start
-
-GRADIENT_BATCHES = 8
-"""From so many gradients their signal to noise is estimated."""
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error: the state was saved
@@ -207,10 +202,7 @@ def validate(run: Run) -> None:
 def watch_attention(run: Run, indices: Sequence[int]) -> None:
     """Diagnose the attention on some validation images; its numbers join the validation's. Says if it has collapsed."""
     indices = indices[: run.settings.validation.diagnose_images]
-    if len(indices) < 2:
-        return
-    signal_to_noise = attention_signal(run)  # all processes: the objective adds up over them
-    if not run.accelerator.is_main_process:
+    if len(indices) < 2 or not run.accelerator.is_main_process:
         return
     found = diagnose(
         run.evaluated,
@@ -220,7 +212,6 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
         batch_size=run.settings.validation.batch_size,
         device=run.accelerator.device,
     )
-    found = dataclasses.replace(found, gradient_snr=signal_to_noise)
     for name, value in found.main_numbers().items():
         run.progress.history[-1][name] = value
         curve(run, f"attention/{name}", value)
@@ -228,30 +219,6 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
     warning = collapse(run.progress.history, hard=found.hard)
     if warning is not None:
         say(run, f"warning: {warning}")
-
-
-def attention_signal(run: Run) -> float | None:
-    """Signal to noise of the attention's gradient in a training step, from small batches of always the same samples.
-
-    Scaled to the step's batch size: the variance of a mean falls with the number of its images.
-    """
-    settings = run.settings
-    size = max(settings.validation.diagnose_images // GRADIENT_BATCHES, 1)
-    samples = [sample for batch in plan(settings, run.data, epoch=0) for sample in batch]
-    starts = range(0, len(samples) - size + 1, size)[:GRADIENT_BATCHES]
-    if len(starts) < 2:
-        return None
-    dataset, collate = CaptionDataset(run.data, image_size=run.encoder.image_size), Collate(settings.captions_per_image)
-    batches = (collate([dataset[sample] for sample in samples[start : start + size]]) for start in starts)
-    apart = dataclasses.replace(run, wrapped=run.model, baseline=copy.deepcopy(run.baseline))  # the run learns nothing
-    gradients = attention_gradients(
-        run.model,
-        batches,
-        lambda a, words: teacher_forced(apart, a, words).loss,
-        device=run.accelerator.device,
-        seed=settings.seed,
-    )
-    return None if gradients is None else gradient_signal_to_noise(gradients) * settings.batch_size / size
 
 
 def asked_to_stop(run: Run, stop: dict[str, bool]) -> bool:

@@ -95,7 +95,7 @@ def test_tied_embeddings_are_stored_once_and_come_back_tied(tiny_checkpoint, tmp
 
 
 @pytest.mark.parametrize("gate", ["scalar", "vector", "none"])
-@pytest.mark.parametrize("alignment", ["additive", "general", "scaled_dot"])
+@pytest.mark.parametrize("alignment", ["additive", "concat", "general", "scaled_dot"])
 def test_every_variant_comes_back(tiny_checkpoint, tmp_path, gate, alignment):
     first = with_decoder(load_checkpoint(tiny_checkpoint), gate=gate, alignment=alignment)
     save_checkpoint(tmp_path / "x", first)
@@ -125,6 +125,24 @@ def test_every_decoder_without_attention_comes_back(inject, context, tiny_checkp
     first = with_decoder(load_checkpoint(tiny_checkpoint), name="lstm", inject=inject, context=context)
     save_checkpoint(tmp_path / "copy", first)
     assert torch.equal(logits(load_checkpoint(tmp_path / "copy")), logits(first))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "luong", "alignment": "concat", "input_feeding": True},
+        {"name": "luong", "gate": "none", "tie_embeddings": True},
+        {"name": "transformer", "heads": 4, "layers": 2, "positions": "learned"},
+        {"name": "transformer", "heads": 2, "norm": "post", "tie_embeddings": True},
+    ],
+    ids=lambda settings: f"{settings['name']}-{len(settings)}",
+)
+def test_every_decoder_comes_back(tiny_checkpoint, tmp_path, settings):
+    first = with_decoder(load_checkpoint(tiny_checkpoint), embedding_dim=16, **settings)
+    save_checkpoint(tmp_path / "x", first)
+    second = load_checkpoint(tmp_path / "x")
+    assert second.decoder == first.decoder
+    assert torch.equal(logits(second), logits(first))
 
 
 def test_a_training_state_lies_beside_the_model(tiny_checkpoint, tmp_path):

@@ -21,7 +21,9 @@ from captioning.config import (
 )
 from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import ATTENTIONS, build_gate
+from captioning.models.blocks import NORMS
 from captioning.models.registry import DECODERS
+from captioning.models.transformer import POSITIONS
 from captioning.optimization import OPTIMIZERS, learning_rate_factor
 from captioning.settings import parse_settings, recipe_path, recipes
 
@@ -195,6 +197,34 @@ def test_sampling_may_give_more_captions_than_beams():
 )
 def test_every_word_of_the_decoder_config_has_its_entry(field, registry):
     assert set(words_of(DecoderConfig, field)) == set(registry)
+
+
+def test_every_word_of_the_transformers_settings_has_its_entry():
+    assert set(words_of(DecoderConfig, "norm")) == set(NORMS)
+    assert set(words_of(DecoderConfig, "positions")) == set(POSITIONS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"input_feeding": True}, "input_feeding=True has no meaning with decoder.name='attention_lstm'"),
+        ({"layers": 2}, "layers=2 has no meaning with decoder.name='attention_lstm'; leave it out"),
+        ({"name": "luong", "norm": "post"}, "norm='post' has no meaning with decoder.name='luong'"),
+        ({"name": "transformer", "alignment": "dot"}, "alignment='dot' has no meaning with decoder.name='transformer'"),
+        ({"name": "transformer", "attention": "hard"}, "attention='hard' has no meaning with .*'transformer'"),
+        ({"name": "transformer", "gate": "vector"}, "gate='vector' has no meaning with decoder.name='transformer'"),
+        (
+            {"name": "transformer", "embedding_dim": 8, "hidden_dim": 16},
+            r"'transformer' needs embedding_dim == hidden_dim \(got 8 and 16\)",
+        ),
+        ({"name": "transformer", "heads": 7}, r"decoder.heads must divide decoder.hidden_dim \(got 7 and 512\)"),
+        ({"name": "transformer", "heads": 0}, r"heads must be positive \(got 0\)"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused_in_a_sentence(settings, named):
+    with pytest.raises(ValueError, match=named) as error:
+        DecoderConfig(**settings)
+    assert "\n" not in str(error.value)
 
 
 def test_every_gate_can_be_built():

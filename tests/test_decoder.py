@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import get_type_hints
 
 import pytest
@@ -12,44 +13,49 @@ from captioning.decoding import search
 from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import ATTENTIONS
 from captioning.models.baselines import CONTEXTS, INJECTIONS
+from captioning.models.blocks import NORMS
 from captioning.models.decoder import Decoder, Output
 from captioning.models.registry import DECODERS, build_decoder
+from captioning.models.transformer import POSITIONS
 from captioning.vocabulary import END, PAD, START
 
 VOCABULARY, DIM, LOCATIONS = 11, 6, 5
 ATTENDING = [name for name in DECODERS if name != "lstm"]
-VARIANTS = [
-    DecoderConfig(
-        name=name,
-        attention=attention,
-        alignment=alignment,
-        gate=gate,
-        embedding_dim=4,
-        hidden_dim=DIM,
-        attention_dim=3,
-        tie_embeddings=tie,
-        dropout=0.3,
-        embedding_dropout=0.2,
-        annotation_dropout=0.1,
-    )
-    for (name, attention, alignment, gate), tie in zip(
-        itertools.product(ATTENDING, ATTENTIONS, ALIGNMENTS, ("scalar", "vector", "none")),
-        itertools.cycle([False, True]),
-        strict=False,
-    )
-]
-VARIANTS += [
-    dataclasses.replace(VARIANTS[0], name="lstm", inject=inject, context=context, tie_embeddings=context == "last")
-    for inject, context in itertools.product(INJECTIONS, CONTEXTS)
-]
-every_variant = pytest.mark.parametrize("config", VARIANTS, ids=lambda c: "-".join(different(c)))
+SIZES = {"embedding_dim": 4, "hidden_dim": DIM, "attention_dim": 3}
+DROPOUTS = {"dropout": 0.3, "embedding_dropout": 0.2, "annotation_dropout": 0.1}
+LOOKS = [{"alignment": alignment} for alignment in ALIGNMENTS] + [{"gate": "vector"}, {"gate": "none"}]
+OWN = {  # what each decoder has of its own, and all values of it
+    "attention_lstm": {"attention": ATTENTIONS},
+    "luong": {"attention": ATTENTIONS, "input_feeding": (False, True)},
+    "transformer": {"norm": NORMS, "positions": POSITIONS, "heads": (1, 2)},
+    "lstm": {"inject": INJECTIONS, "context": CONTEXTS},
+}
+MORE = {  # with each of these, what else
+    "attention_lstm": LOOKS,
+    "luong": LOOKS,
+    "transformer": [{"embedding_dim": DIM, "layers": 2, "max_positions": 8}],
+    "lstm": [{}],
+}
 
 
-def different(config: DecoderConfig) -> list[str]:
-    """A variant's name, and its words that are not the default."""
-    words = [value for name, value in vars(config).items() if isinstance(value, str) and name != "name"]
-    defaults = vars(DecoderConfig()).values()
-    return [config.name, *(word for word in words if word not in defaults)]
+def variants(name: str) -> Iterator[DecoderConfig]:
+    """A decoder with all its own settings; embeddings are tied in every other variant."""
+    tied = itertools.cycle([False, True])
+    for values, more in itertools.product(itertools.product(*OWN[name].values()), MORE[name]):
+        own = dict(zip(OWN[name], values, strict=True))
+        yield DecoderConfig(name=name, tie_embeddings=next(tied), **{**SIZES, **DROPOUTS, **own, **more})
+
+
+def different(config: DecoderConfig) -> str:
+    """What tells a variant from its like."""
+    names = dict.fromkeys([*OWN[config.name], *(name for more in MORE[config.name] for name in more)])
+    return "-".join([config.name, *(str(getattr(config, name)) for name in names)])
+
+
+VARIANTS = [config for name in DECODERS for config in variants(name)]
+ONE_OF_EACH = [next(variants(name)) for name in DECODERS]
+every_variant = pytest.mark.parametrize("config", VARIANTS, ids=different)
+every_decoder = pytest.mark.parametrize("config", ONE_OF_EACH, ids=different)
 
 
 def build(config: DecoderConfig) -> Decoder:
@@ -141,8 +147,9 @@ def test_alphas_are_distributions_over_locations_or_none_where_nothing_attends(c
     assert output.alphas.shape == (2, 3, 5, LOCATIONS)
 
 
-def test_captions_of_one_image_equal_the_same_image_repeated():
-    decoder = build(VARIANTS[0]).eval()
+@every_decoder
+def test_captions_of_one_image_equal_the_same_image_repeated(config):
+    decoder = build(config).eval()
     a, words = batch()
     shared = decoder(a, words)
     repeated = decoder(a.repeat_interleave(3, dim=0), words.flatten(0, 1).unsqueeze(1))
@@ -150,28 +157,30 @@ def test_captions_of_one_image_equal_the_same_image_repeated():
 
 
 def test_long_captions_first_let_the_batch_shrink():
-    from captioning.models.decoder import _active_rows
+    from captioning.models.decoder import active_rows
 
     _, words = batch()
     # With END the captions have 5, 3, 2 words and 4, 2: both images with three captions for two steps, and so on.
-    assert _active_rows(words[..., 1:] != PAD) == [(2, 3), (2, 3), (2, 2), (2, 1), (1, 1)]
+    assert active_rows(words[..., 1:] != PAD) == [(2, 3), (2, 3), (2, 2), (2, 1), (1, 1)]
 
 
-def test_a_batch_of_absent_captions_is_harmless():
-    decoder = build(VARIANTS[0])
+@every_decoder
+def test_a_batch_of_absent_captions_is_harmless(config):
+    decoder = build(config)
     output = decoder(batch()[0], torch.full((2, 1, 2), PAD))
     assert output.logits.shape == (0, VOCABULARY)
     assert not output.mask.any()
 
 
-def test_dropout_acts_in_training_only():
-    decoder = build(VARIANTS[0])
+@every_decoder
+def test_dropout_acts_in_training_only(config):
+    decoder = build(config)
     a, words = batch()
     assert not torch.equal(decoder.train()(a, words).logits, decoder(a, words).logits)
     assert torch.equal(decoder.eval()(a, words).logits, decoder(a, words).logits)
 
 
-@every_variant
+@every_decoder
 @pytest.mark.parametrize("width", [1, 3])
 def test_any_decoder_can_be_searched(config, width):
     a, _ = batch()
@@ -183,6 +192,29 @@ def test_any_decoder_can_be_searched(config, width):
             output = decoder(one.unsqueeze(0), torch.tensor([[[START, *ids]]]))
             expected = output.logits.log_softmax(-1).gather(1, output.targets.unsqueeze(1))[: len(hypothesis.ids)]
             assert list(hypothesis.log_probs) == pytest.approx(expected.flatten().tolist())
+            if output.alphas is not None:
+                torch.testing.assert_close(hypothesis.alphas, output.alphas[0, 0, : len(hypothesis.ids)])
+        alone = search(decoder, one.unsqueeze(0), SearchConfig(beam_size=width, num_captions=width, max_length=4))[0]
+        assert [each.ids for each in alone] == [each.ids for each in hypotheses]  # no image knows of another
+
+
+@every_decoder
+def test_a_word_knows_nothing_of_the_words_after_it(config):
+    decoder = build(config).eval()
+    a, words = batch()
+    other = words.clone()
+    other[0, 0, 3:5] = torch.tensor([9, 10])  # the first caption's third and fourth word
+    before, after = by_caption(decoder(a, words)), by_caption(decoder(a, other))
+    torch.testing.assert_close(after[0, 0, :3], before[0, 0, :3])  # up to the third word, which is read only then
+    assert (after[0, 0, 3] - before[0, 0, 3]).abs().max() > 1e-6
+
+
+@every_decoder
+def test_tied_embeddings_are_one_matrix(config):
+    tied, untied = (build(dataclasses.replace(config, embedding_dim=DIM, tie_embeddings=tie)) for tie in (True, False))
+    assert tied.L_o.weight is tied.E.weight
+    sizes = [sum(p.numel() for p in decoder.parameters()) for decoder in (untied, tied)]
+    assert sizes[0] - sizes[1] == VOCABULARY * DIM
 
 
 @pytest.mark.parametrize(

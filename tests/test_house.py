@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path for room in ("captioning", "preprocess") for path in (ROOT / room).rglob("*.py"))
+MODELS = [path for path in MODULES if path.parent.name == "models" and path.stem != "__init__"]
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 
 # The order of import: a module may import those of earlier rows, and of its own row those that stand before it.
@@ -20,8 +21,9 @@ ORDER = (
     ("files", "checks", "model_config", "config", "tokenization", "diagnostics", "word_classes"),
     ("vocabulary", "images", "results", "settings"),
     ("data",),
-    ("models.multihead", "models.alignment", "models.attention", "models.decoder"),
-    ("models.baselines", "models.registry", "models.encoder", "models.regions", "models.captioner", "models"),
+    ("models.multihead", "models.blocks", "models.alignment", "models.attention", "models.decoder"),
+    ("models.baselines", "models.luong", "models.transformer", "models.registry"),
+    ("models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
     ("api", "evaluate", "run", "objective", "training"),
 )
@@ -39,10 +41,7 @@ APART = {
     "data": {"images"},
     "losses": {"data", "config", "checkpoint"},
     "decoding": {"data", "images", "checkpoint", "models.encoder", "models.captioner"},
-    **{
-        f"models.{name}": {"data", "images", "results"}
-        for name in ("multihead", "alignment", "attention", "decoder", "baselines", "registry", "encoder", "regions")
-    },
+    **{f"models.{path.stem}": {"data", "images", "results"} for path in MODELS},
 }
 
 

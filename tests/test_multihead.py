@@ -96,6 +96,7 @@ def test_under_the_causal_mask_what_comes_later_changes_nothing():
     attention = noisy(MultiHead(DIM, DIM, heads=2))
     x = torch.randn(N, T, DIM)
     assert causal_mask(3).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert causal_mask(2, past=1).tolist() == [[True, True, False], [True, True, True]]
     whole, _ = attention(x, x, causal_mask(T))
     for t in range(1, T + 1):
         torch.testing.assert_close(attention(x[:, :t], x[:, :t], causal_mask(t))[0], whole[:, :t])

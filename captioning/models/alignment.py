@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -104,6 +105,32 @@ def _blocks(query: Float[Tensor, "N K k"], keys: Float[Tensor, "N L k"]) -> Iter
     return (slice(i, i + size) for i in range(0, n, size))
 
 
+class ConcatAlignment(Alignment):
+    """Luong et al. (2015), eq. 8, concat: e_i = v' tanh(W [h; a_i]), with one matrix for both.
+
+    Since W [h; a_i] = W_h h + W_a a_i, where W_h and W_a are columns of W, it is Bahdanau's score by another name: the
+    same functions as `AdditiveAlignment` without its bias b, from other initial values.
+
+    Args:
+        query_dim: n, size of h.
+        annotation_dim: D.
+        dim: k, size of the space in which they meet.
+    """
+
+    def __init__(self, *, query_dim: int, annotation_dim: int, dim: int):
+        super().__init__()
+        self.query_dim = query_dim
+        self.W = nn.Linear(query_dim + annotation_dim, dim, bias=False)
+        self.v = nn.Linear(dim, 1, bias=False)
+
+    def keys(self, a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L k"]:
+        return F.linear(a, self.W.weight[:, self.query_dim :])
+
+    def forward(self, query: Float[Tensor, "N K n"], keys: Float[Tensor, "N L k"]) -> Float[Tensor, "N K L"]:
+        query = F.linear(query, self.W.weight[:, : self.query_dim])
+        return self.v(torch.tanh(keys.unsqueeze(1) + query.unsqueeze(2))).squeeze(-1)
+
+
 class DotAlignment(Alignment):
     """Luong et al. (2015), dot: e_i = h' a_i. Needs n == D.
 
@@ -174,6 +201,7 @@ class ScaledDotAlignment(Alignment):
 
 ALIGNMENTS: dict[str, type[Alignment]] = {
     "additive": AdditiveAlignment,
+    "concat": ConcatAlignment,
     "dot": DotAlignment,
     "general": GeneralAlignment,
     "scaled_dot": ScaledDotAlignment,

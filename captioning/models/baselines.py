@@ -13,7 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
-from captioning.models.decoder import Decoder, Output, State, Step, _active_rows, _resize
+from captioning.models.decoder import Decoder, Output, State, Step, active_rows, lstm_cell, resize
 from captioning.vocabulary import PAD
 
 
@@ -180,10 +180,10 @@ class PlainLSTM(Decoder):
         state = self.initial_state(memory, k)
         rows = (n, k)
         states = []
-        for t, active in enumerate(_active_rows(mask)):
-            state = State(*(_resize(x, rows, active) for x in state))
+        for t, active in enumerate(active_rows(mask)):
+            state = State(*(resize(x, rows, active) for x in state))
             state = self._recur(gates[: active[0], : active[1], t].flatten(0, 1), state)
-            states.append(_resize(state.h, active, (n, k)))
+            states.append(resize(state.h, active, (n, k)))
             rows = active
         h = torch.stack(states, dim=1).unflatten(0, (n, k))
         hidden = memory.hidden[:, None, None].expand(-1, k, length, -1)
@@ -192,10 +192,7 @@ class PlainLSTM(Decoder):
 
     def _recur(self, gates: Float[Tensor, "R g"], state: State) -> State:
         """Eqs. 1-3, with all of eq. 1 but the state's part given."""
-        gates = gates + self.lstm_state(state.h)
-        i, f, o, g = gates.to(state.c.dtype).chunk(4, dim=-1)  # eq. 1
-        c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)  # eq. 2
-        return State(torch.sigmoid(o) * torch.tanh(c), c)  # eq. 3
+        return State(*lstm_cell(gates + self.lstm_state(state.h), state.c))
 
     def _deep_output(
         self, h: Float[Tensor, "W n"], hidden: Float[Tensor, "W p"], embedded: Float[Tensor, "W m"]

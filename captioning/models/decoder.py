@@ -28,7 +28,7 @@ class Step(NamedTuple):
     """
 
     logits: Float[Tensor, "R V"]
-    state: State
+    state: Any
     alpha: Float[Tensor, "R L"] | None
     beta: Float[Tensor, " R"] | None
     location: Integer[Tensor, " R"] | None = None
@@ -37,7 +37,8 @@ class Step(NamedTuple):
 class Output(NamedTuple):
     """A whole teacher-forced batch. Logits exist only where there is a target: W = mask.sum() words, in mask order.
 
-    The next three are for hard attention: s_t, log p(s_t), H[p(s_t)]. `states` are the h_{t-1} before each word.
+    The next three are for hard attention: s_t, log p(s_t), H[p(s_t)]. `states` are what asked where to look: h_{t-1};
+    in Luong's decoder h_t.
     """
 
     logits: Float[Tensor, "W V"]
@@ -160,16 +161,16 @@ class AttentionLSTM(Decoder):
         state = self.initial_state(memory, k)
         rows = (n, k)
         states, steps = [state.h], []
-        for t, active in enumerate(_active_rows(mask)):
-            state = State(*(_resize(x, rows, active) for x in state))
+        for t, active in enumerate(active_rows(mask)):
+            state = State(*(resize(x, rows, active) for x in state))
             gates = word_gates[t][: active[0], : active[1]].flatten(0, 1)
             forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
             state, z, beta, context = self._recur(gates, state, memory.first(active[0]), *forced)
-            states.append(_resize(state.h, active, (n, k)))
-            steps.append([None if x is None else _resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
+            states.append(resize(state.h, active, (n, k)))
+            steps.append([None if x is None else resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
             rows = active
-        z, betas, *looked = (_stack(x, (n, k)) for x in zip(*steps, strict=True))
-        h = _stack(states, (n, k))
+        z, betas, *looked = (stack_steps(x, (n, k)) for x in zip(*steps, strict=True))
+        h = stack_steps(states, (n, k))
         logits = self._deep_output(h[:, :, 1:][mask], z[mask], embedded[mask])
         alphas, locations, log_probs, entropies = looked
         betas, states = betas.mean(dim=-1), h[:, :, :-1]
@@ -183,10 +184,7 @@ class AttentionLSTM(Decoder):
         beta = self.gate(state.h)
         z = beta * context.z
         gates = word_gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
-        i, f, o, g = gates.to(state.c.dtype).chunk(4, dim=-1)  # eq. 1
-        c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)  # eq. 2
-        h = torch.sigmoid(o) * torch.tanh(c)  # eq. 3
-        return State(h, c), z, beta, context
+        return State(*lstm_cell(gates, state.c)), z, beta, context
 
     def _deep_output(
         self, h: Float[Tensor, "W n"], z: Float[Tensor, "W D"], embedded: Float[Tensor, "W m"]
@@ -196,7 +194,16 @@ class AttentionLSTM(Decoder):
         return self.L_o(self.dropout(hidden))
 
 
-def _active_rows(mask: Bool[Tensor, "N K T"]) -> list[tuple[int, int]]:
+def lstm_cell(
+    gates: Float[Tensor, "R g"], c: Float[Tensor, "R n"]
+) -> tuple[Float[Tensor, "R n"], Float[Tensor, "R n"]]:
+    """h_t and c_t from the four gates before their sigmoids and tanh, and c_{t-1}; in the type of c."""
+    i, f, o, g = gates.to(c.dtype).chunk(4, dim=-1)  # eq. 1
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # eq. 2
+    return torch.sigmoid(o) * torch.tanh(c), c  # eq. 3
+
+
+def active_rows(mask: Bool[Tensor, "N K T"]) -> list[tuple[int, int]]:
     """For every step, the smallest (images, captions) corner of the batch that holds all captions still going on.
 
     With long captions first (as `data.Collate` orders them) the corner shrinks as captions end.
@@ -207,7 +214,7 @@ def _active_rows(mask: Bool[Tensor, "N K T"]) -> list[tuple[int, int]]:
     return [(int(n), int(k)) for n, k in corners.tolist()]
 
 
-def _resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Cut rows grouped as (images, captions) to another corner, or fill up with zeros."""
     if rows == wanted:
         return x
@@ -217,7 +224,7 @@ def _resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor
     return F.pad(x, (*inner, 0, max(k_wanted - k, 0), 0, max(n_wanted - n, 0))).flatten(0, 1)
 
 
-def _stack(steps: Sequence[Tensor | None], rows: tuple[int, int]) -> Any:
+def stack_steps(steps: Sequence[Tensor | None], rows: tuple[int, int]) -> Any:
     """What T steps gave for all rows as (N, K, T, ...); None if they gave nothing."""
     if steps[0] is None:
         return None

@@ -37,9 +37,9 @@ def scaled_dot_product(
     return scores.softmax(dim=-1)
 
 
-def causal_mask(length: int, device: torch.device | None = None) -> Bool[Tensor, "T T"]:
-    """Position t may look at positions up to t, itself among them; section 3.2.3."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+def causal_mask(length: int, *, past: int = 0, device: torch.device | None = None) -> Bool[Tensor, "T PT"]:
+    """T positions after P earlier ones may look at those, at the ones before them and at themselves; section 3.2.3."""
+    return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
 
 
 class MultiHead(nn.Module):
@@ -75,6 +75,7 @@ class MultiHead(nn.Module):
         if dim % heads:
             raise ValueError(f"heads must divide the attention's size (got heads={heads} and {dim})")
         self.heads = heads
+        self.head: int | None = None
         self.query = nn.Linear(query_dim, dim)
         self.key = nn.Linear(memory_dim, dim, bias=False)
         self.value = nn.Linear(memory_dim, dim)
@@ -106,6 +107,10 @@ class MultiHead(nn.Module):
         contexts = self.dropout(weights).to(memory.v.dtype) @ memory.v
         return self.output(contexts.transpose(1, 2).flatten(2)), weights
 
+    def shown(self, weights: Float[Tensor, "N H T L"]) -> Float[Tensor, "N T L"]:
+        """One distribution per query: the mean of the heads, or that of the chosen `head`."""
+        return weights.mean(dim=1) if self.head is None else weights[:, self.head]
+
     def forward(
         self,
         query: Float[Tensor, "N T n"],
@@ -117,3 +122,18 @@ class MultiHead(nn.Module):
 
     def _split(self, x: Float[Tensor, "N L HD"]) -> Float[Tensor, "N H L d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def show_head(module: nn.Module, head: int | None) -> None:
+    """Choose whose weights a model reports as its alphas: one head's, or the mean of all (None).
+
+    Raises:
+        ValueError: it has no heads, or not so many.
+    """
+    attentions = [inner for inner in module.modules() if isinstance(inner, MultiHead)]
+    if head is not None and not attentions:
+        raise ValueError(f"head={head}: this model's attention has no heads")
+    for attention in attentions:
+        if head is not None and not 0 <= head < attention.heads:
+            raise ValueError(f"head={head}: this model has heads 0 to {attention.heads - 1}")
+        attention.head = head

@@ -4,7 +4,6 @@ A region encoder maps annotation vectors (N, L, D) to annotation vectors (N, L, 
 attention and its overlays mean the same. The paper has none.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from captioning.config import RegionEncoderConfig
+from captioning.models.blocks import sinusoids
 from captioning.models.multihead import MultiHead
 
 
@@ -70,13 +70,6 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
         return a + self.code.to(a.dtype)
-
-
-def sinusoids(length: int, dim: int) -> Float[Tensor, "{length} {dim}"]:
-    """PE(p, 2i) = sin(p / 10000^(2i/dim)), PE(p, 2i + 1) = cos of the same; Vaswani et al. (2017), section 3.5."""
-    frequency = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
-    angle = torch.arange(length).unsqueeze(1) * frequency
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 class WithPositions(RegionEncoder):

@@ -5,10 +5,14 @@ from collections.abc import Callable
 from captioning.config import DecoderConfig
 from captioning.models.baselines import build_lstm
 from captioning.models.decoder import Decoder, build_attention_lstm
+from captioning.models.luong import build_luong
+from captioning.models.transformer import build_transformer
 
 DECODERS: dict[str, Callable[[DecoderConfig, int, int], Decoder]] = {
     "attention_lstm": build_attention_lstm,
     "lstm": build_lstm,
+    "luong": build_luong,
+    "transformer": build_transformer,
 }
 """Name -> builder from (config, vocabulary_size, annotation_dim)."""
 
