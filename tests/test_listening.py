@@ -118,7 +118,8 @@ def test_forcing_a_decoders_own_weights_changes_nothing(config):
     own = decoder(a, words)
     attention = attention_of(decoder)
     if attention is None:
-        with pytest.raises(ValueError, match="has no attention that could be forced"), forced(decoder, own.alphas):
+        uniform = torch.full((*own.mask.shape, LOCATIONS), 1 / LOCATIONS)
+        with pytest.raises(ValueError, match="has no attention that could be forced"), forced(decoder, uniform):
             pass
         return
     looked = own.alphas
