@@ -79,6 +79,7 @@ class DecoderConfig:
             no attention).
         attention: soft (deterministic, eq. 13) or hard (one sampled location per word, eqs. 8-9); see `HardConfig`.
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general, concat (Luong) or scaled_dot.
+        query: what attention_lstm asks with: state (h_{t-1}, the paper) or state_and_word, which has also read y_{t-1}.
         gate: beta: scalar (the paper), vector (many ports) or none (Luong).
         embedding_dim: m, size of a word's embedding E y.
         hidden_dim: n, size of the LSTM state; of the transformer's layers, where it equals embedding_dim.
@@ -102,6 +103,7 @@ class DecoderConfig:
     name: Literal["attention_lstm", "luong", "transformer", "lstm"] = "attention_lstm"
     attention: Literal["soft", "hard"] = "soft"
     alignment: Literal["additive", "concat", "dot", "general", "scaled_dot"] = "additive"
+    query: Literal["state", "state_and_word"] = "state"
     gate: Literal["scalar", "vector", "none"] = "scalar"
     embedding_dim: int = 512
     hidden_dim: int = 512
@@ -137,6 +139,7 @@ class DecoderConfig:
 
 _READERS = {
     **dict.fromkeys(("attention", "alignment", "gate"), ("attention_lstm", "luong")),
+    "query": ("attention_lstm",),
     **dict.fromkeys(("inject", "context"), ("lstm",)),
     "input_feeding": ("luong",),
     **dict.fromkeys(("layers", "heads", "norm", "positions", "max_positions"), ("transformer",)),

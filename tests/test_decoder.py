@@ -25,7 +25,7 @@ SIZES = {"embedding_dim": 4, "hidden_dim": DIM, "attention_dim": 3}
 DROPOUTS = {"dropout": 0.3, "embedding_dropout": 0.2, "annotation_dropout": 0.1}
 LOOKS = [{"alignment": alignment} for alignment in ALIGNMENTS] + [{"gate": "vector"}, {"gate": "none"}]
 OWN = {  # what each decoder has of its own, and all values of it
-    "attention_lstm": {"attention": ATTENTIONS},
+    "attention_lstm": {"attention": ATTENTIONS, "query": ("state", "state_and_word")},
     "luong": {"attention": ATTENTIONS, "input_feeding": (False, True)},
     "transformer": {"norm": NORMS, "positions": POSITIONS, "heads": (1, 2)},
     "lstm": {"inject": INJECTIONS, "context": CONTEXTS},
