@@ -1,6 +1,7 @@
 """What a setting may be: each check is one line that names the field, the value and what is allowed."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -25,8 +26,8 @@ def not_negative(owner: object, *names: str) -> None:
             raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
 
 
-def unread(owner: Any, why: str, *names: str, prefix: str = "") -> None:
-    """Refuse fields (all, if none are named) that someone changed and that nothing will read."""
+def unread(owner: Any, why: str, names: Sequence[str] | None = None, *, prefix: str = "") -> None:
+    """Refuse fields (None: all of them) that someone changed and that nothing will read."""
     for each in dataclasses.fields(owner):
-        if (not names or each.name in names) and getattr(owner, each.name) != each.default:
+        if (names is None or each.name in names) and getattr(owner, each.name) != each.default:
             raise ValueError(f"{prefix}{each.name}={getattr(owner, each.name)!r} {why}")

@@ -27,7 +27,7 @@ class ForcedAttention(Attention):
     """
 
     def __init__(self, own: Attention, alphas: Float[Tensor, "N K T L"]):
-        super().__init__(own.alignment)
+        super().__init__()
         self.own = own
         self.alphas = alphas
         self.step = 0
@@ -41,9 +41,8 @@ class ForcedAttention(Attention):
         captions = len(query) // images
         at_once = captions > self.alphas.shape[1]  # all words in one call, as Luong's decoder asks
         alpha = self.alphas.flatten(1, 2) if at_once else self.alphas[:images, :captions, self.step]
-        alpha = alpha.to(memory.a.dtype)
         self.step += 1
-        return Context(z=torch.bmm(alpha, memory.a).flatten(0, 1), alpha=alpha.flatten(0, 1))
+        return Context(z=self.own.mix(alpha, memory).flatten(0, 1), alpha=alpha.flatten(0, 1))
 
 
 @contextmanager
@@ -60,9 +59,9 @@ def forced(decoder: Decoder, alphas: Float[Tensor, "N K T L"]) -> Iterator[None]
 
 
 def attention_of(decoder: Decoder) -> Attention | None:
-    """The decoder's attention, if it asks one word by word."""
+    """The decoder's attention, if it asks one word by word, and if its alphas alone make the contexts."""
     own = getattr(decoder, "attention", None)
-    return own if isinstance(own, Attention) else None
+    return own if isinstance(own, Attention) and own.single else None
 
 
 def exchange(

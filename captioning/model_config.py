@@ -43,30 +43,40 @@ class RegionEncoderConfig:
 
     Args:
         name: none (the paper), lstm or bilstm (an RNN reads the regions row by row), self_attention (the regions look
-            at each other; SAGAN, non-local networks).
+            at each other; SAGAN, non-local networks) or transformer (encoder blocks over them).
         positions: what tells the vectors their places: none (the paper), learned (one vector per row and per column) or
             sinusoidal.
         dim: size of the LSTM's state (of each of the bilstm's two), of self_attention's queries, keys and values over
-            all heads.
-        blocks: how often self_attention is repeated.
-        heads: of its attention; 1 is SAGAN's.
+            all heads; of the transformer's vectors.
+        blocks: how often self_attention or the transformer's block is repeated.
+        heads: of their attention; 1 is SAGAN's.
+        norm: the transformer's layer norm, inside the residual (pre) or after it (post).
+        dropout: rate in the transformer's blocks.
     """
 
-    name: Literal["none", "lstm", "bilstm", "self_attention"] = "none"
+    name: Literal["none", "lstm", "bilstm", "self_attention", "transformer"] = "none"
     positions: Literal["none", "learned", "sinusoidal"] = "none"
     dim: int = 512
     blocks: int = 1
     heads: int = 8
+    norm: Literal["pre", "post"] = "pre"
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         positive(self, "dim", "blocks", "heads")
-        meaningless = f"has no meaning with region_encoder.name={self.name!r}; leave it out"
-        if self.name == "none":
-            unread(self, meaningless, "dim")
-        if self.name != "self_attention":
-            unread(self, meaningless, "blocks", "heads")
-        elif self.dim % self.heads:
+        fraction(self, "dropout")
+        strange = [name for name, readers in _REGION_READERS.items() if self.name not in readers]
+        unread(self, f"has no meaning with region_encoder.name={self.name!r}; leave it out", strange)
+        if self.name in _REGION_READERS["heads"] and self.dim % self.heads:
             raise ValueError(f"region_encoder.heads must divide region_encoder.dim (got {self.heads} and {self.dim})")
+
+
+_REGION_READERS = {
+    "dim": ("lstm", "bilstm", "self_attention", "transformer"),
+    **dict.fromkeys(("blocks", "heads"), ("self_attention", "transformer")),
+    **dict.fromkeys(("norm", "dropout"), ("transformer",)),
+}
+"""Fields that not every region encoder reads -> those that do."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,15 @@ class DecoderConfig:
         name: attention_lstm (the paper: attends with h_{t-1}, before the step), luong (attends with h_t, after it),
             transformer (attends to its words and to the image, no recurrence) or lstm (one vector of the whole image,
             no attention).
-        attention: soft (deterministic, eq. 13) or hard (one sampled location per word, eqs. 8-9); see `HardConfig`.
+        attention: soft (deterministic, eq. 13), hard (one sampled location per word, eqs. 8-9; see `HardConfig`) or
+            multi_head (several soft looks at once, scaled_dot with projected values; Vaswani et al., 2017).
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general, concat (Luong) or scaled_dot.
-        query: what attention_lstm asks with: state (h_{t-1}, the paper) or state_and_word, which has also read y_{t-1}.
+        values: what a look brings back: the annotations (the paper), or projected to attention_dim by a matrix.
         gate: beta: scalar (the paper), vector (many ports) or none (Luong).
         embedding_dim: m, size of a word's embedding E y.
         hidden_dim: n, size of the LSTM state; of the transformer's layers, where it equals embedding_dim.
-        attention_dim: size of the space in which additive, concat and scaled_dot compare query and key.
+        attention_dim: size of the space in which additive, concat and scaled_dot compare query and key; of projected
+            values; of multi_head's heads together.
         dropout: rate in the deep output (eq. 7), on h and on the tanh; everywhere in the transformer's layers.
         embedding_dropout: rate on the embedded words.
         annotation_dropout: rate on the annotation vectors.
@@ -94,16 +106,16 @@ class DecoderConfig:
             region_encoder.name='lstm', which by then has read them all, and else the mean.
         input_feeding: in luong, what was said enters the next step.
         layers: of the transformer.
-        heads: of each of its attentions; they divide hidden_dim.
+        heads: of each of its attentions, where they divide hidden_dim; of multi_head, where they divide attention_dim.
         norm: its layer norm, inside the residual (pre) or after it (post; Vaswani et al., wants a warm-up).
         positions: what tells it the places of its words: sinusoidal or learned.
         max_positions: how many are learned: the words of the longest caption, the end word counted.
     """
 
     name: Literal["attention_lstm", "luong", "transformer", "lstm"] = "attention_lstm"
-    attention: Literal["soft", "hard"] = "soft"
+    attention: Literal["soft", "hard", "multi_head"] = "soft"
     alignment: Literal["additive", "concat", "dot", "general", "scaled_dot"] = "additive"
-    query: Literal["state", "state_and_word"] = "state"
+    values: Literal["annotations", "projected"] = "annotations"
     gate: Literal["scalar", "vector", "none"] = "scalar"
     embedding_dim: int = 512
     hidden_dim: int = 512
@@ -125,23 +137,28 @@ class DecoderConfig:
         positive(self, "embedding_dim", "hidden_dim", "attention_dim", "layers", "heads", "max_positions")
         fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
         strange = [name for name, readers in _READERS.items() if self.name not in readers]
-        unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", *strange)
-        if self.name != "transformer":
-            return
-        if self.embedding_dim != self.hidden_dim:
+        unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", strange)
+        if self.name == "transformer" and self.embedding_dim != self.hidden_dim:
             raise ValueError(
                 "decoder.name='transformer' needs embedding_dim == hidden_dim "
                 f"(got {self.embedding_dim} and {self.hidden_dim})"
             )
-        if self.hidden_dim % self.heads:
-            raise ValueError(f"decoder.heads must divide decoder.hidden_dim (got {self.heads} and {self.hidden_dim})")
+        if self.attention == "multi_head" and self.alignment not in ("additive", "scaled_dot"):  # additive: not set
+            raise ValueError(f"alignment={self.alignment!r} has no meaning with multi_head, which scores by scaled_dot")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        whole = "attention_dim" if self.attention == "multi_head" else "hidden_dim"
+        if self.attention != "multi_head" and self.name != "transformer":
+            unread(self, "needs decoder.attention='multi_head' or decoder.name='transformer'; leave it out", ["heads"])
+        elif getattr(self, whole) % self.heads:
+            raise ValueError(f"decoder.heads must divide decoder.{whole} (got {self.heads} and {getattr(self, whole)})")
 
 
 _READERS = {
-    **dict.fromkeys(("attention", "alignment", "gate"), ("attention_lstm", "luong")),
-    "query": ("attention_lstm",),
+    **dict.fromkeys(("attention", "alignment", "values", "gate"), ("attention_lstm", "luong")),
     **dict.fromkeys(("inject", "context"), ("lstm",)),
     "input_feeding": ("luong",),
-    **dict.fromkeys(("layers", "heads", "norm", "positions", "max_positions"), ("transformer",)),
+    **dict.fromkeys(("layers", "norm", "positions", "max_positions"), ("transformer",)),
 }
 """Fields that not every decoder reads -> the decoders that do."""

@@ -106,6 +106,7 @@ REGIONS = [
     RegionEncoderConfig("lstm", dim=6),
     RegionEncoderConfig("bilstm", "learned", dim=6),
     RegionEncoderConfig("self_attention", "sinusoidal", dim=6, heads=2, blocks=2),
+    RegionEncoderConfig("transformer", "learned", dim=6, heads=2, blocks=2, norm="post"),
 ]
 
 

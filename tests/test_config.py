@@ -229,7 +229,7 @@ def test_combinations_without_a_meaning_are_refused_in_a_sentence(settings, name
 
 def test_every_gate_can_be_built():
     for name in words_of(DecoderConfig, "gate"):
-        build_gate(name, hidden_dim=4, annotation_dim=3)
+        build_gate(name, hidden_dim=4, context_dim=3)
 
 
 def test_every_optimizer_and_schedule_has_its_entry():

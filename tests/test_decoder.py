@@ -23,10 +23,18 @@ VOCABULARY, DIM, LOCATIONS = 11, 6, 5
 ATTENDING = [name for name in DECODERS if name != "lstm"]
 SIZES = {"embedding_dim": 4, "hidden_dim": DIM, "attention_dim": 3}
 DROPOUTS = {"dropout": 0.3, "embedding_dropout": 0.2, "annotation_dropout": 0.1}
-LOOKS = [{"alignment": alignment} for alignment in ALIGNMENTS] + [{"gate": "vector"}, {"gate": "none"}]
+GATES, VALUES = ("scalar", "vector", "none"), ("annotations", "projected")
+SCORED = [
+    *({"alignment": alignment} for alignment in ALIGNMENTS),
+    *({"gate": gate, "values": values} for gate in GATES for values in VALUES),
+]
+LOOKS = [
+    *({"attention": name, **look} for name in ATTENTIONS if name != "multi_head" for look in SCORED),
+    *({"attention": "multi_head", "heads": heads, "gate": gate} for heads in (1, 3) for gate in GATES),
+]
 OWN = {  # what each decoder has of its own, and all values of it
-    "attention_lstm": {"attention": ATTENTIONS, "query": ("state", "state_and_word")},
-    "luong": {"attention": ATTENTIONS, "input_feeding": (False, True)},
+    "attention_lstm": {},
+    "luong": {"input_feeding": (False, True)},
     "transformer": {"norm": NORMS, "positions": POSITIONS, "heads": (1, 2)},
     "lstm": {"inject": INJECTIONS, "context": CONTEXTS},
 }

@@ -27,6 +27,8 @@ FAMILY = {
     "luong": DecoderConfig(name="luong", alignment="general", gate="none", **SIZES),
     "luong-fed": DecoderConfig(name="luong", alignment="concat", gate="none", input_feeding=True, **SIZES),
     "luong-hard": DecoderConfig(name="luong", attention="hard", **SIZES),
+    "values": DecoderConfig(alignment="scaled_dot", values="projected", **SIZES),
+    "multi-head": DecoderConfig(attention="multi_head", heads=2, **SIZES),
     "transformer": DecoderConfig(name="transformer", heads=2, layers=2, **SIZES),
 }
 

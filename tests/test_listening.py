@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captioning.listening import attention_of, exchange, forced, replacements
 from captioning.models.alignment import DotAlignment
-from captioning.models.attention import Attention, Context, Memory
+from captioning.models.attention import Context, Memory, ScoredAttention
 from captioning.models.decoder import Decoder, Output
 from captioning.vocabulary import END, PAD, START
 
@@ -20,7 +20,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-class MarkAttention(Attention):
+class MarkAttention(ScoredAttention):
     """Looks at the location whose annotation vector bears the mark of this time."""
 
     def forward(self, query: Tensor, memory: Memory) -> Context:
@@ -135,7 +135,7 @@ def test_forcing_a_decoders_own_weights_changes_nothing(config):
 def test_forcing_other_weights_is_heard(config):
     decoder = build(config).eval()
     if attention_of(decoder) is None:
-        pytest.skip("it asks no attention word by word")
+        pytest.skip("it asks no attention word by word, or several heads")
     a, words = batch()
     own = decoder(a, words)
     with forced(decoder, own.alphas.roll(1, dims=-1)):

@@ -102,6 +102,7 @@ def test_the_states_of_a_region_lstm_know_the_regions_so_far_and_those_of_both_d
     assert torch.equal(dependence(build("bilstm", dim=4)), everything)
     assert torch.equal(dependence(build("none")), torch.eye(6, dtype=torch.bool))
     assert torch.equal(dependence(build("self_attention", dim=4, heads=2)), everything)
+    assert torch.equal(dependence(build("transformer", dim=4, heads=2)), everything)
 
 
 def test_one_step_of_the_region_lstm_by_hand():
@@ -165,7 +166,7 @@ def test_self_attention_by_hand_and_as_1x1_convolutions():
     torch.testing.assert_close(block.value(a), convolved.flatten(2).transpose(1, 2))
 
 
-@pytest.mark.parametrize("name", ["self_attention"])
+@pytest.mark.parametrize("name", ["self_attention", "transformer"])
 @pytest.mark.parametrize("positions", ["none", *POSITIONS])
 def test_regions_that_look_at_each_other_are_permutation_equivariant_unless_they_know_their_places(name, positions):
     encoder = build(name, positions=positions, dim=4, heads=2, blocks=2)
@@ -180,6 +181,28 @@ def test_an_lstm_over_the_regions_knows_their_order():
     assert not torch.allclose(encoder(a[:, order])[:, -1], encoder(a)[:, -1])
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_transformer_over_the_regions_is_torchs_encoder_after_a_linear_map(norm):
+    ours = build("transformer", dim=8, heads=2, blocks=2, norm=norm)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 32, norm_first=norm == "pre", batch_first=True)
+    last = torch.nn.LayerNorm(8) if norm == "pre" else None
+    theirs = torch.nn.TransformerEncoder(layer, 2, norm=last, enable_nested_tensor=False).double().eval()
+    with torch.no_grad():
+        for block, copy in zip(ours.blocks, theirs.layers, strict=False):
+            own = block.read
+            copy.self_attn.in_proj_weight.copy_(torch.cat([own.query.weight, own.key.weight, own.value.weight]))
+            copy.self_attn.in_proj_bias.copy_(torch.cat([own.query.bias, torch.zeros(8), own.value.bias]))
+            copy.self_attn.out_proj.load_state_dict(own.output.state_dict())
+            copy.linear1.load_state_dict(block.mlp[0].state_dict())
+            copy.linear2.load_state_dict(block.mlp[-1].state_dict())
+            copy.norm1.load_state_dict(block.around_read.norm.state_dict())
+            copy.norm2.load_state_dict(block.around_mlp.norm.state_dict())
+        if last is not None:
+            theirs.norm.load_state_dict(ours.blocks[-1].state_dict())
+    a = annotations().double()
+    torch.testing.assert_close(ours(a), theirs(ours.project(a)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,6 +210,8 @@ def test_an_lstm_over_the_regions_knows_their_order():
         ({"name": "lstm", "blocks": 2}, "blocks=2 has no meaning with region_encoder.name='lstm'"),
         ({"name": "none", "dim": 64}, "dim=64 has no meaning with region_encoder.name='none'"),
         ({"name": "bilstm", "heads": 2}, "heads=2 has no meaning with region_encoder.name='bilstm'"),
+        ({"name": "self_attention", "norm": "post"}, "norm='post' has no meaning with region_encoder.name='self_att"),
+        ({"name": "transformer", "dim": 6}, r"heads must divide region_encoder\.dim \(got 8 and 6\)"),
         ({"name": "lstm", "dim": 0}, "dim must be positive"),
     ],
 )

@@ -1,21 +1,25 @@
 """From scores to a context vector: phi of Xu et al. (2015), eq. 6, and the gate beta of section 4.2.1."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from captioning.models.alignment import Alignment
+from captioning.config import DecoderConfig
+from captioning.models.alignment import ALIGNMENTS, Alignment
+from captioning.models.multihead import KeysValues, MultiHead
 
 
 class Memory(NamedTuple):
     """What depends on the image alone; N images. `expected`: hard attention takes the mean context there (its coin)."""
 
     a: Float[Tensor, "N L D"]
-    keys: Float[Tensor, "N L k"]
+    keys: Float[Tensor, "N ... L k"]
+    values: Float[Tensor, "N ... L v"]
     expected: Bool[Tensor, " N"] | None = None
 
     def first(self, n: int) -> "Memory":
@@ -40,36 +44,91 @@ class Attention(nn.Module):
     """The contract: a query per row and the memory of the images give a Context.
 
     There are R = N * K queries, grouped by image: rows i * K to (i + 1) * K belong to image i. In a batch of single
-    captions K is 1; captions of one image, or beams, share its annotation vectors and keys.
+    captions K is 1; captions of one image, or beams, share its annotation vectors, keys and values.
 
-    Args:
-        alignment: f_att.
+    `context_dim` is the size of z; None means that of the annotation vectors. `single` is whether alpha alone makes z
+    of the values: several heads have several alphas, of which one is shown.
     """
 
-    def __init__(self, alignment: Alignment):
-        super().__init__()
-        self.alignment = alignment
+    context_dim: int | None = None
+    single = True
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
         """The memory of N images."""
-        kind = a.device.type
-        if torch.is_autocast_enabled(kind):
-            a = a.to(torch.get_autocast_dtype(kind))  # once, not once per word
-        return Memory(a=a, keys=self.alignment.keys(a))
+        raise TypeError(f"{type(self).__name__} must define prepare")
 
     def forward(self, query: Float[Tensor, "R n"], memory: Memory) -> Context:
         """Attend."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
+    def mix(self, alpha: Float[Tensor, "N K L"], memory: Memory) -> Float[Tensor, "N K v"]:
+        """The context for given weights, eq. 13."""
+        raise TypeError(f"{type(self).__name__} must define mix")
 
-class SoftAttention(Attention):
-    """Deterministic soft attention, Xu et al. (2015), eq. 13: z_t = sum_i alpha_ti a_i."""
+
+class ScoredAttention(Attention):
+    """What soft and hard attention share: scores from an alignment, and values: v_i = a_i (the paper) or W_v a_i.
+
+    With alignment scaled_dot and projected values this is Vaswani et al. (2017), eq. 1: queries, keys and values.
+
+    Args:
+        alignment: f_att.
+        value: W_v, or None.
+    """
+
+    def __init__(self, alignment: Alignment, value: nn.Linear | None = None):
+        super().__init__()
+        self.alignment = alignment
+        self.value = value
+        self.context_dim = None if value is None else value.out_features
+
+    def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
+        a = _autocast(a)
+        return Memory(a=a, keys=self.alignment.keys(a), values=a if self.value is None else self.value(a))
+
+    def mix(self, alpha: Float[Tensor, "N K L"], memory: Memory) -> Float[Tensor, "N K v"]:
+        return torch.bmm(alpha.to(memory.values.dtype), memory.values)
+
+
+class SoftAttention(ScoredAttention):
+    """Deterministic soft attention, Xu et al. (2015), eq. 13: z_t = sum_i alpha_ti v_i, in the paper v_i = a_i."""
 
     def forward(self, query: Float[Tensor, "R n"], memory: Memory) -> Context:
         e = self.alignment(query.unflatten(0, (len(memory.a), -1)), memory.keys)  # eq. 4
         alpha = e.softmax(dim=-1)  # eq. 5
-        z = torch.bmm(alpha, memory.a)  # eq. 13
-        return Context(z=z.flatten(0, 1), alpha=alpha.flatten(0, 1))
+        return Context(z=self.mix(alpha, memory).flatten(0, 1), alpha=alpha.flatten(0, 1))
+
+
+class MultiHeadAttention(Attention):
+    """Several soft looks at once, Vaswani et al. (2017), section 3.2.2: z_t = W_o [head_1; ...; head_H].
+
+    head_j = sum_i alpha_tij v_ij, alpha_tj = softmax(q_tj k_j' / sqrt(d)); see `MultiHead`. alpha is the mean of the
+    heads, or that of the one to be shown. One head is scaled_dot with projected values, and W_o.
+
+    Args:
+        multihead: all heads, asked by h.
+    """
+
+    def __init__(self, multihead: MultiHead):
+        super().__init__()
+        self.multihead = multihead
+        self.context_dim = multihead.output.out_features
+        self.single = multihead.heads == 1
+
+    def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
+        a = _autocast(a)
+        keys, values = self.multihead.project(a)
+        return Memory(a=a, keys=keys, values=values)
+
+    def forward(self, query: Float[Tensor, "R n"], memory: Memory) -> Context:
+        known = KeysValues(memory.keys, memory.values)
+        z, weights = self.multihead.attend(query.unflatten(0, (len(memory.a), -1)), known)
+        return Context(z=z.flatten(0, 1), alpha=self.multihead.shown(weights).flatten(0, 1))
+
+    def mix(self, alpha: Float[Tensor, "N K L"], memory: Memory) -> Float[Tensor, "N K v"]:
+        """Every head looks as it is told."""
+        heads = alpha.unsqueeze(1).to(memory.values.dtype) @ memory.values
+        return self.multihead.output(heads.transpose(1, 2).flatten(2))
 
 
 class Look(NamedTuple):
@@ -87,8 +146,8 @@ class Look(NamedTuple):
     generator: torch.Generator | None = None
 
 
-class HardAttention(Attention):
-    """Stochastic hard attention, Xu et al. (2015), eqs. 8 and 9: s_t ~ Multinoulli(alpha_t), z_t = a_{s_t}.
+class HardAttention(ScoredAttention):
+    """Stochastic hard attention, Xu et al. (2015), eqs. 8 and 9: s_t ~ Multinoulli(alpha_t), z_t = v_{s_t}.
 
     It samples in training, and looks at the likeliest location in evaluation; `looking` changes that for a while. No
     gradient reaches alpha through z, but where z is the mean context or relaxed: that is eq. 12's part (`losses`).
@@ -114,7 +173,7 @@ class HardAttention(Attention):
         alpha = log_alpha.exp()
         entropy = -(alpha * log_alpha).sum(dim=-1)
         if location is None and look.location == "expected":
-            return Context(z=_mean(alpha, memory), alpha=alpha, entropy=entropy)
+            return Context(z=self._mean(alpha, memory), alpha=alpha, entropy=entropy)
         noisy = log_alpha
         if location is None:
             if look.location != "argmax":  # the largest of logits with Gumbel noise is a sample of eq. 8
@@ -125,27 +184,31 @@ class HardAttention(Attention):
         z = _gather(location, memory)  # eq. 9
         if look.location == "gumbel_straight_through":
             relaxed = noisy.softmax(dim=-1)
-            z = z + _mean(relaxed - relaxed.detach(), memory)  # adds zero, and the gradient
+            z = z + self._mean(relaxed - relaxed.detach(), memory)  # adds zero, and the gradient
         if memory.expected is not None:
             mean = memory.expected.repeat_interleave(len(query) // len(memory.a))
-            z = torch.where(mean.unsqueeze(-1), _mean(alpha, memory), z)
+            z = torch.where(mean.unsqueeze(-1), self._mean(alpha, memory), z)
             location, log_prob = location.masked_fill(mean, -1), log_prob.masked_fill(mean, 0.0)
         return Context(z, alpha, location, log_prob, entropy)
+
+    def _mean(self, alpha: Float[Tensor, "R L"], memory: Memory) -> Float[Tensor, "R v"]:
+        return self.mix(alpha.unflatten(0, (len(memory.a), -1)), memory).flatten(0, 1)
 
     def _look(self) -> Look:
         return self.look or Look("sample" if self.training else "argmax")
 
 
 def _gather(location: Integer[Tensor, " R"], memory: Memory) -> Float[Tensor, "R D"]:
-    """a_s of every row; nothing is copied per row but the one vector."""
-    n, places = memory.a.shape[:2]
+    """v_s of every row; nothing is copied per row but the one vector."""
+    n, places = memory.values.shape[:2]
     first = torch.arange(n, device=location.device).repeat_interleave(len(location) // n) * places
-    return memory.a.flatten(0, 1).index_select(0, first + location)
+    return memory.values.flatten(0, 1).index_select(0, first + location)
 
 
-def _mean(alpha: Float[Tensor, "R L"], memory: Memory) -> Float[Tensor, "R D"]:
-    """sum_i alpha_i a_i of every row, eq. 13."""
-    return torch.bmm(alpha.unflatten(0, (len(memory.a), -1)).to(memory.a.dtype), memory.a).flatten(0, 1)
+def _autocast(a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+    """In the type of autocast's products, if it is on: cast once, not once per word."""
+    kind = a.device.type
+    return a.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else a
 
 
 def is_hard(module: nn.Module) -> bool:
@@ -190,11 +253,38 @@ class OpenGate(nn.Module):
         return h.new_ones(len(h), 1)
 
 
-def build_gate(name: str, *, hidden_dim: int, annotation_dim: int) -> nn.Module:
+def build_gate(name: str, *, hidden_dim: int, context_dim: int) -> nn.Module:
     """The gate by its name: scalar, vector or none."""
     if name == "none":
         return OpenGate()
-    return Gate(hidden_dim, {"scalar": 1, "vector": annotation_dim}[name])
+    return Gate(hidden_dim, {"scalar": 1, "vector": context_dim}[name])
 
 
-ATTENTIONS: dict[str, type[Attention]] = {"soft": SoftAttention, "hard": HardAttention}
+def build_attention(config: DecoderConfig, annotation_dim: int) -> Attention:
+    """The attention of a config, asked by a state of `hidden_dim`.
+
+    Raises:
+        ValueError: the alignment does not fit the dimensions.
+    """
+    return ATTENTIONS[config.attention](config, annotation_dim)
+
+
+def _build_scored(kind: type[ScoredAttention], config: DecoderConfig, annotation_dim: int) -> ScoredAttention:
+    alignment = ALIGNMENTS[config.alignment](
+        query_dim=config.hidden_dim, annotation_dim=annotation_dim, dim=config.attention_dim
+    )
+    projected = config.values == "projected"
+    return kind(alignment, nn.Linear(annotation_dim, config.attention_dim) if projected else None)
+
+
+def _build_multi_head(config: DecoderConfig, annotation_dim: int) -> MultiHeadAttention:
+    dim = config.attention_dim
+    return MultiHeadAttention(MultiHead(config.hidden_dim, annotation_dim, heads=config.heads, dim=dim, output_dim=dim))
+
+
+ATTENTIONS: dict[str, Callable[[DecoderConfig, int], Attention]] = {
+    "soft": partial(_build_scored, SoftAttention),
+    "hard": partial(_build_scored, HardAttention),
+    "multi_head": _build_multi_head,
+}
+"""Name -> builder from (config, annotation_dim)."""

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
-from captioning.models.alignment import ALIGNMENTS
-from captioning.models.attention import ATTENTIONS, Attention, Context, Memory, build_gate
+from captioning.models.attention import Attention, Context, Memory, build_attention, build_gate
 from captioning.vocabulary import PAD
 
 
@@ -78,13 +77,6 @@ class Decoder(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward")
 
 
-class Reading(NamedTuple):
-    """What a word gives to the step that reads it: its half of the LSTM's gates (eq. 1), and its part of the query."""
-
-    gates: Any
-    query: Any
-
-
 class AttentionLSTM(Decoder):
     """Look with h_{t-1}, read the word and the place, write h_t, speak: Xu et al. (2015), section 3.1.2.
 
@@ -99,7 +91,6 @@ class AttentionLSTM(Decoder):
         embedding_dropout: on E y.
         annotation_dropout: on a.
         tie_embeddings: L_o is E.
-        query_word: attention is asked with h_{t-1} + W E y_{t-1}, not with h_{t-1} alone, which has not read y_{t-1}.
     """
 
     def __init__(
@@ -115,7 +106,6 @@ class AttentionLSTM(Decoder):
         embedding_dropout: float = 0.0,
         annotation_dropout: float = 0.0,
         tie_embeddings: bool = False,
-        query_word: bool = False,
     ):
         super().__init__()
         self.attention = attention
@@ -124,10 +114,10 @@ class AttentionLSTM(Decoder):
         self.init_h = nn.Linear(annotation_dim, hidden_dim)
         self.init_c = nn.Linear(annotation_dim, hidden_dim)
         self.lstm_word = nn.Linear(embedding_dim, 4 * hidden_dim)
-        self.lstm_state = nn.Linear(hidden_dim + annotation_dim, 4 * hidden_dim, bias=False)
-        self.query_word = nn.Linear(embedding_dim, hidden_dim, bias=False) if query_word else None
+        context_dim = attention.context_dim or annotation_dim
+        self.lstm_state = nn.Linear(hidden_dim + context_dim, 4 * hidden_dim, bias=False)
         self.L_h = nn.Linear(hidden_dim, embedding_dim)
-        self.L_z = nn.Linear(annotation_dim, embedding_dim, bias=False)
+        self.L_z = nn.Linear(context_dim, embedding_dim, bias=False)
         self.L_o = nn.Linear(embedding_dim, vocabulary_size)
         self.dropout = nn.Dropout(dropout)
         self.embedding_dropout = nn.Dropout(embedding_dropout)
@@ -150,7 +140,7 @@ class AttentionLSTM(Decoder):
 
     def step(self, word: Integer[Tensor, " R"], state: State, memory: Memory) -> Step:
         embedded = self.embedding_dropout(self.E(word))
-        state, z, beta, context = self._recur(self._read(embedded), state, memory)
+        state, z, beta, context = self._recur(self.lstm_word(embedded), state, memory)
         logits = self._deep_output(state.h, z, embedded)
         return Step(logits, state, context.alpha, beta.mean(dim=-1), context.location)
 
@@ -167,15 +157,15 @@ class AttentionLSTM(Decoder):
         n, k = mask.shape[:2]
         memory = self.prepare(a)
         embedded = self.embedding_dropout(self.E(inputs))
-        read = Reading(*(None if x is None else x.unbind(2) for x in self._read(embedded)))  # for all steps at once
+        word_gates = self.lstm_word(embedded).unbind(2)  # the words' half of eq. 1, for all steps at once
         state = self.initial_state(memory, k)
         rows = (n, k)
         states, steps = [state.h], []
         for t, active in enumerate(active_rows(mask)):
             state = State(*(resize(x, rows, active) for x in state))
-            word = Reading(*(None if x is None else x[t][: active[0], : active[1]].flatten(0, 1) for x in read))
+            gates = word_gates[t][: active[0], : active[1]].flatten(0, 1)
             forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
-            state, z, beta, context = self._recur(word, state, memory.first(active[0]), *forced)
+            state, z, beta, context = self._recur(gates, state, memory.first(active[0]), *forced)
             states.append(resize(state.h, active, (n, k)))
             steps.append([None if x is None else resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
             rows = active
@@ -186,19 +176,14 @@ class AttentionLSTM(Decoder):
         betas, states = betas.mean(dim=-1), h[:, :, :-1]
         return Output(logits, targets[mask], mask, alphas, betas, locations, log_probs, entropies, states)
 
-    def _read(self, embedded: Float[Tensor, "... m"]) -> Reading:
-        """What the words alone give to eqs. 1 and 4."""
-        return Reading(self.lstm_word(embedded), None if self.query_word is None else self.query_word(embedded))
-
     def _recur(
-        self, word: Reading, state: State, memory: Memory, *location: Integer[Tensor, " R"]
+        self, word_gates: Float[Tensor, "R g"], state: State, memory: Memory, *location: Integer[Tensor, " R"]
     ) -> tuple[State, Float[Tensor, "R D"], Float[Tensor, "R b"], Context]:
-        """Eqs. 1-6 for one word, as `_read`. Returns the state, z (gated), beta and the look."""
-        query = state.h if word.query is None else state.h + word.query
-        context = self.attention(query, memory, *location)
+        """Eqs. 1-6 for one word, whose half of the gates is given. Returns the state, z (gated), beta and the look."""
+        context = self.attention(state.h, memory, *location)
         beta = self.gate(state.h)
         z = beta * context.z
-        gates = word.gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
+        gates = word_gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
         return State(*lstm_cell(gates, state.c)), z, beta, context
 
     def _deep_output(
@@ -246,23 +231,13 @@ def stack_steps(steps: Sequence[Tensor | None], rows: tuple[int, int]) -> Any:
     return torch.stack(cast(list[Tensor], steps), dim=1).unflatten(0, rows)
 
 
-def build_attention(config: DecoderConfig, annotation_dim: int) -> Attention:
-    """The attention of a config, asked by a state of `hidden_dim`.
-
-    Raises:
-        ValueError: the alignment does not fit the dimensions.
-    """
-    alignment = ALIGNMENTS[config.alignment](
-        query_dim=config.hidden_dim, annotation_dim=annotation_dim, dim=config.attention_dim
-    )
-    return ATTENTIONS[config.attention](alignment)
-
-
 def build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation_dim: int) -> AttentionLSTM:
     """The paper's decoder, from a config."""
+    attention = build_attention(config, annotation_dim)
+    context_dim = attention.context_dim or annotation_dim
     return AttentionLSTM(
-        build_attention(config, annotation_dim),
-        build_gate(config.gate, hidden_dim=config.hidden_dim, annotation_dim=annotation_dim),
+        attention,
+        build_gate(config.gate, hidden_dim=config.hidden_dim, context_dim=context_dim),
         vocabulary_size=vocabulary_size,
         annotation_dim=annotation_dim,
         embedding_dim=config.embedding_dim,
@@ -271,5 +246,4 @@ def build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation
         embedding_dropout=config.embedding_dropout,
         annotation_dropout=config.annotation_dropout,
         tie_embeddings=config.tie_embeddings,
-        query_word=config.query == "state_and_word",
     )

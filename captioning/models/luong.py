@@ -7,13 +7,12 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
-from captioning.models.attention import Attention, Context, Memory, build_gate
+from captioning.models.attention import Attention, Context, Memory, build_attention, build_gate
 from captioning.models.decoder import (
     Decoder,
     Output,
     Step,
     active_rows,
-    build_attention,
     lstm_cell,
     resize,
     stack_steps,
@@ -80,7 +79,7 @@ class LuongDecoder(Decoder):
         self.lstm_word = nn.Linear(embedding_dim, 4 * hidden_dim)
         fed = embedding_dim if input_feeding else 0
         self.lstm_state = nn.Linear(hidden_dim + fed, 4 * hidden_dim, bias=False)
-        self.W_c = nn.Linear(annotation_dim + hidden_dim, embedding_dim)
+        self.W_c = nn.Linear((attention.context_dim or annotation_dim) + hidden_dim, embedding_dim)
         self.L_o = nn.Linear(embedding_dim, vocabulary_size)
         self.dropout = nn.Dropout(dropout)
         self.embedding_dropout = nn.Dropout(embedding_dropout)
@@ -185,9 +184,11 @@ class LuongDecoder(Decoder):
 
 def build_luong(config: DecoderConfig, vocabulary_size: int, annotation_dim: int) -> LuongDecoder:
     """Luong's decoder of a config."""
+    attention = build_attention(config, annotation_dim)
+    context_dim = attention.context_dim or annotation_dim
     return LuongDecoder(
-        build_attention(config, annotation_dim),
-        build_gate(config.gate, hidden_dim=config.hidden_dim, annotation_dim=annotation_dim),
+        attention,
+        build_gate(config.gate, hidden_dim=config.hidden_dim, context_dim=context_dim),
         vocabulary_size=vocabulary_size,
         annotation_dim=annotation_dim,
         embedding_dim=config.embedding_dim,

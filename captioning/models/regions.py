@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from captioning.config import RegionEncoderConfig
-from captioning.models.blocks import sinusoids
+from captioning.models.blocks import NORMS, EncoderBlock, sinusoids
 from captioning.models.multihead import MultiHead
 
 
@@ -140,6 +140,31 @@ class RegionSelfAttention(RegionEncoder):
         return a
 
 
+class RegionTransformer(RegionEncoder):
+    """A linear map to the blocks' size, then Transformer encoder blocks over the regions: Vaswani et al. (2017), 3.1.
+
+    Args:
+        annotation_dim: D.
+        dim: D'.
+        blocks: how many.
+        heads: divides D'.
+        norm: pre or post.
+        dropout: in the blocks.
+    """
+
+    def __init__(
+        self, annotation_dim: int, *, dim: int, blocks: int, heads: int, norm: str = "pre", dropout: float = 0.0
+    ):
+        super().__init__(dim)
+        self.project = nn.Linear(annotation_dim, dim)
+        self.blocks = nn.Sequential(
+            *(EncoderBlock(dim, heads=heads, norm=norm, dropout=dropout) for _ in range(blocks)), NORMS[norm].last(dim)
+        )
+
+    def forward(self, a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L E"]:
+        return self.blocks(self.project(a))
+
+
 def build_region_encoder(config: RegionEncoderConfig, *, annotation_dim: int, grid: tuple[int, int]) -> RegionEncoder:
     """The region encoder of a config, for vectors of size D on a grid (h, w)."""
     encoder = REGION_ENCODERS[config.name](config, annotation_dim)
@@ -158,6 +183,14 @@ REGION_ENCODERS: dict[str, Callable[[RegionEncoderConfig, int], RegionEncoder]] 
     "bilstm": lambda config, annotation_dim: RegionLSTM(annotation_dim, dim=config.dim, bidirectional=True),
     "self_attention": lambda config, annotation_dim: RegionSelfAttention(
         annotation_dim, dim=config.dim, blocks=config.blocks, heads=config.heads
+    ),
+    "transformer": lambda config, annotation_dim: RegionTransformer(
+        annotation_dim,
+        dim=config.dim,
+        blocks=config.blocks,
+        heads=config.heads,
+        norm=config.norm,
+        dropout=config.dropout,
     ),
 }
 """Name -> builder from (config, annotation_dim)."""
