@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.transformer_cache import cached, recomputed
 from captioning.config import SearchConfig
 from captioning.decoding import search
 from captioning.models.blocks import EncoderBlock, sinusoids
 from captioning.models.multihead import MultiHead, show_head
-from captioning.models.transformer import TransformerDecoder
+from captioning.models.transformer import TransformerDecoder, packed
 from captioning.vocabulary import END, START
 
 V, D, LOCATIONS = 11, 12, 5
@@ -166,6 +167,18 @@ def test_the_state_holds_keys_and_values_of_the_words_so_far_and_of_no_image():
         assert torch.equal(state.k[..., : t - 1, :], before.k)
 
 
+def test_captions_of_an_image_are_packed_end_to_end_and_see_only_themselves():
+    # Image 1: captions of 2 and 1 words; image 2: of 1 and none. T = 3.
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 0, 0], [0, 0, 0]]], dtype=torch.bool)
+    places, real, sees = packed(mask)
+    assert places[0].tolist() == [0, 1, 3]
+    assert places[1, 0] == 0
+    assert real.tolist() == [[True, True, True], [True, False, False]]
+    assert sees[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    assert sees[1, 0, 0].tolist() == [True, False, False]
+    assert sees.any(dim=-1).all()  # padding, too, sees something: there is no softmax of nothing
+
+
 def test_reading_in_pieces_equals_reading_at_once():
     decoder = decoder_of()
     memory = decoder.prepare(annotations(1))
@@ -175,6 +188,12 @@ def test_reading_in_pieces_equals_reading_at_once():
     later, _, later_alphas = decoder.read_on(words[:, 3:], state, memory)
     torch.testing.assert_close(torch.cat([first, later], dim=1), at_once)
     torch.testing.assert_close(later_alphas, alphas[:, 3:])
+
+
+def test_cached_stepping_says_what_reading_all_again_says():
+    decoder, a = decoder_of(), annotations(2)
+    words = torch.randint(3, V, (6, 5))
+    torch.testing.assert_close(cached(decoder, a, words), recomputed(decoder, a, words))
 
 
 def test_alphas_are_the_mean_of_the_last_layers_heads_or_one_of_them():

@@ -97,18 +97,26 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "R T d"],
-        past: KeysValues,
+        past: KeysValues | None,
         memory: KeysValues,
-        mask: Bool[Tensor, "T PT"],
+        sees: Bool[Tensor, "..."],
     ) -> tuple[Float[Tensor, "R T d"], KeysValues, Float[Tensor, "N H KT L"]]:
         """T words of R rows, after P earlier ones of which only keys and values are known.
+
+        Args:
+            x: the words.
+            past: keys and values of the earlier ones; None for none.
+            memory: keys and values of the image.
+            sees: who may look at whom, broadcast over (R, H, T, P + T).
 
         Returns:
             The words, the keys and values of all P + T, and the weights over the image: R = N K rows by image.
         """
         inner = self.around_read.enter(x)
-        present = KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, self.read.project(inner), strict=True)))
-        x = self.around_read.leave(x, self.read.attend(inner, present, mask)[0])
+        present = self.read.project(inner)
+        if past is not None:
+            present = KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, present, strict=True)))
+        x = self.around_read.leave(x, self.read.attend(inner, present, sees)[0])
         # The K rows of an image ask as one with K T queries: its keys and values are shared, not copied.
         queries = self.around_look.enter(x).unflatten(0, (len(memory.k), -1))
         found, weights = self.look.attend(queries.flatten(1, 2), memory)
@@ -184,37 +192,67 @@ class TransformerDecoder(Decoder):
         return Step(self.L_o(x[:, 0]), state, alphas.flatten(0, 1), None)
 
     def forward(self, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Output:
+        """Teacher forcing. An image's captions are read as one row, end to end, so that there is little padding."""
         inputs, targets = words[..., :-1], words[..., 1:]
         mask = targets != PAD
-        memory = self.prepare(a)
-        state = self.initial_state(memory, mask.shape[1])
-        # Padding comes after all words: the causal mask hides it from them, too.
-        x, _, alphas = self.read_on(inputs.flatten(0, 1), state, memory)
-        logits = self.L_o(x.unflatten(0, mask.shape[:2])[mask])
-        return Output(logits, targets[mask], mask, alphas.unflatten(1, mask.shape[1:]), None)
-
-    def _stacked(self) -> list[Layer]:
-        """The layers, with their type."""
-        return cast(list[Layer], list(self.layers))
+        places, real, sees = packed(mask)
+        codes = self.positions(0, mask.shape[2])[places % mask.shape[2]]
+        x, _, packed_alphas = self._through(inputs.flatten(1).gather(1, places), codes, None, self.prepare(a), sees)
+        alphas = packed_alphas.new_zeros(*mask.shape, a.shape[1])
+        alphas[mask] = packed_alphas[real]  # both in the order of images, captions, words
+        return Output(self.L_o(x[real]), targets[mask], mask, alphas, None)
 
     def read_on(
         self, words: Integer[Tensor, "R T"], state: TransformerState, memory: TransformerMemory
     ) -> tuple[Float[Tensor, "R T d"], TransformerState, Float[Tensor, "N KT L"]]:
-        """Read T more words of every row: one in search, a whole caption in training.
+        """Read T more words of every row.
 
         Returns:
             What L_o is given, the state after them, and their alphas.
         """
         past, more = state.k.shape[3], words.shape[1]
-        x = self.E(words) * math.sqrt(self.E.embedding_dim) + self.positions(past, more)
-        x = self.embedding_dropout(x)
-        mask = causal_mask(more, past=past, device=words.device)
-        stacked, cache = self._stacked(), []
-        for y, layer in enumerate(stacked):
-            before, image = (KeysValues(kv.k[:, y], kv.v[:, y]) for kv in (state, memory))
-            x, present, weights = layer(x, before, image, mask)
+        sees = causal_mask(more, past=past, device=words.device)
+        x, cache, alphas = self._through(words, self.positions(past, more), state, memory, sees)
+        return x, TransformerState(*_stack(cache)), alphas
+
+    def _through(
+        self,
+        words: Integer[Tensor, "R T"],
+        codes: Float[Tensor, "*B d"],
+        state: TransformerState | None,
+        memory: TransformerMemory,
+        sees: Bool[Tensor, "..."],
+    ) -> tuple[Float[Tensor, "R T d"], list[KeysValues], Float[Tensor, "N KT L"]]:
+        """Words, with the codes of their positions and what they may see, through all layers."""
+        x = self.embedding_dropout(self.E(words) * math.sqrt(self.E.embedding_dim) + codes)
+        layers, cache = self._stacked(), []
+        for y, layer in enumerate(layers):
+            past = None if state is None else KeysValues(state.k[:, y], state.v[:, y])
+            x, present, weights = layer(x, past, KeysValues(memory.k[:, y], memory.v[:, y]), sees)
             cache.append(present)
-        return self.last_norm(x), TransformerState(*_stack(cache)), stacked[-1].look.shown(weights)
+        return self.last_norm(x), cache, layers[-1].look.shown(weights)
+
+    def _stacked(self) -> list[Layer]:
+        """The layers, with their type."""
+        return cast(list[Layer], list(self.layers))
+
+
+def packed(
+    mask: Bool[Tensor, "N K T"],
+) -> tuple[Integer[Tensor, "N P"], Bool[Tensor, "N P"], Bool[Tensor, "N 1 P P"]]:
+    """The words of an image's K captions end to end: P places for the K T of the longest.
+
+    Returns:
+        Where in K T the word at each place comes from, which places have a real word, and who sees whom: the words of
+        the same caption up to the own one.
+    """
+    length, flat = mask.shape[2], mask.flatten(1)
+    width = max(int(flat.sum(dim=1).amax()), 1)
+    places = flat.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # real words first, in order
+    caption, time = places // length, places % length
+    same = caption.unsqueeze(2) == caption.unsqueeze(1)
+    sees = same & (time.unsqueeze(2) >= time.unsqueeze(1))
+    return places, flat.gather(1, places), sees.unsqueeze(1)
 
 
 def _stack(layers: list[KeysValues]) -> tuple[Tensor, Tensor]:
