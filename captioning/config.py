@@ -102,6 +102,37 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class SelfCriticalConfig:
+    """A last phase of training that maximises the expected CIDEr-D of sampled captions, Rennie et al. (2017).
+
+    An epoch of it is every train image once. The other settings go on to hold, but for the loss of the words.
+
+    Args:
+        epochs: how many of the run's last epochs; 0: none.
+        samples: captions drawn per image; each is compared with the mean of the others (Luo, 2020).
+        max_length: longest sampled caption in words, the end word not counted.
+        learning_rate: of the decoder, at its highest; the encoder's keeps its proportion to it.
+        schedule: constant, or cosine or linear decay to zero over the phase.
+        nll_weight: weight of the NLL of the image's own captions beside it.
+        dropout: in the forward pass whose gradient is taken; captions are drawn without it.
+    """
+
+    epochs: int = 0
+    samples: int = 5
+    max_length: int = 20
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    nll_weight: float = 0.0
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        not_negative(self, "epochs", "nll_weight")
+        positive(self, "max_length", "learning_rate")
+        if self.samples < 2:
+            raise ValueError(f"samples must be at least 2, to be compared with each other (got {self.samples})")
+
+
+@dataclass(frozen=True)
 class SearchConfig:
     """How a caption is searched.
 
@@ -184,6 +215,7 @@ class Settings:
         loss: the objective.
         hard: what more of it hard attention needs.
         optimizer: the optimiser and its schedule.
+        self_critical: the last epochs, if they maximise CIDEr-D.
         validation: how the best checkpoint is chosen.
         epochs: passes over all captions of the train split.
         max_steps: the run ends after so many steps, if its epochs have more, and its schedule with it; 0 sets no limit.
@@ -207,6 +239,7 @@ class Settings:
     loss: LossConfig = field(default_factory=LossConfig)
     hard: HardConfig = field(default_factory=HardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     epochs: int = 10
     max_steps: int = 0
@@ -226,6 +259,25 @@ class Settings:
             unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
         if self.decoder.name == "lstm":
             self._check_lstm()
+        self._check_phases()
+
+    @property
+    def likelihood_epochs(self) -> int:
+        """How many epochs come before the self-critical ones."""
+        return self.epochs - self.self_critical.epochs
+
+    def _check_phases(self) -> None:
+        asked = f"self_critical.epochs={self.self_critical.epochs}"
+        if self.likelihood_epochs < 0:
+            raise ValueError(f"{asked} must not exceed epochs (got {self.epochs})")
+        if self.likelihood_epochs == 0 and self.init_from is None:
+            raise ValueError(f"{asked} leaves no epoch to learn words in: ask for more epochs, or give init_from")
+        if self.self_critical.epochs and self.validation.patience:
+            raise ValueError(f"{asked} might never come: set validation.patience to 0 (got {self.validation.patience})")
+        if self.self_critical.epochs and self.likelihood_epochs and self.max_steps:
+            raise ValueError(f"{asked} might never come: set max_steps to 0 (got {self.max_steps})")
+        if self.self_critical.epochs and self.decoder.attention == "hard":
+            raise ValueError(f"{asked} needs decoder.attention='soft': the reward does not teach locations yet")
 
     def _check_lstm(self) -> None:
         regions, context = self.region_encoder.name, self.decoder.context

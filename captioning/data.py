@@ -153,16 +153,26 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a training step sees: N images with K captions each (absent ones are all PAD)."""
+    """What a training step sees: N images with K captions each (absent ones are all PAD), and which images they are."""
 
     images: Shaped[Tensor, "N ..."]
     words: Integer[Tensor, "N K T"]
+    indices: Integer[Tensor, " N"]
 
 
 def plan_epoch(
-    data: CaptionData, split: str, *, captions_per_image: int, batch_size: int, seed: int, epoch: int
+    data: CaptionData,
+    split: str,
+    *,
+    captions_per_image: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    every_caption: bool = True,
 ) -> list[list[Sample]]:
     """The batches of one epoch: every caption once, in an order that depends on (seed, epoch) alone.
+
+    Without `every_caption` it is every image once, with `captions_per_image` of its captions.
 
     An image's captions are shuffled and dealt in groups of `captions_per_image`; the groups are shuffled and dealt in
     batches. So a run that stops in the middle continues at the same batch.
@@ -171,7 +181,7 @@ def plan_epoch(
     samples = []
     for image in data.indices(split):
         captions = rng.permutation(np.asarray(data.captions_of(int(image))))
-        for start in range(0, len(captions), captions_per_image):
+        for start in range(0, len(captions) if every_caption else 1, captions_per_image):
             group = tuple(int(c) for c in captions[start : start + captions_per_image])
             samples.append(Sample(int(image), group, int(rng.integers(2**62))))
     order = rng.permutation(len(samples))
@@ -189,21 +199,25 @@ def shard(batches: Sequence[list[Sample]], rank: int, world: int) -> list[list[S
     return parts
 
 
-class CaptionDataset(Dataset[tuple[Tensor, list[np.ndarray]]]):
-    """Image and word ids of a Sample; augmentation depends on the sample's own seed, so on no worker's history."""
+Item = tuple[Tensor, list[np.ndarray], int]
+"""An image, the word ids of some of its captions, and its number in the file."""
+
+
+class CaptionDataset(Dataset[Item]):
+    """The Item of a Sample; augmentation depends on the sample's own seed, so on no worker's history."""
 
     def __init__(self, data: CaptionData, *, image_size: int = 0, augment: str = "none"):
         self.data = data
         same = augment == "none" and data.image_shape[0] == image_size
         self.transform = None if same or data.kind == ANNOTATIONS else build_augmentation(augment, image_size)
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, list[np.ndarray]]:
+    def __getitem__(self, sample: Sample) -> Item:
         image = self.data.image(sample.image)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sample.seed)
                 image = self.transform(image)
-        return image, [self.data.words(caption) for caption in sample.captions]
+        return image, [self.data.words(caption) for caption in sample.captions], sample.image
 
 
 def build_augmentation(augment: str, image_size: int) -> v2.Transform:
@@ -227,14 +241,15 @@ class Collate:
     def __init__(self, captions_per_image: int):
         self.captions_per_image = captions_per_image
 
-    def __call__(self, items: Sequence[tuple[Tensor, list[np.ndarray]]]) -> Batch:
-        lengths = [max((len(ids) for ids in captions), default=-1) for _, captions in items]
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        lengths = [max((len(ids) for ids in captions), default=-1) for _, captions, _ in items]
         items = [items[i] for i in sorted(range(len(items)), key=lambda i: -lengths[i])]
         words = torch.full((len(items), self.captions_per_image, max(lengths) + 2), PAD, dtype=torch.long)
-        for n, (_, captions) in enumerate(items):
+        for n, (_, captions, _) in enumerate(items):
             for k, ids in enumerate(sorted(captions, key=len, reverse=True)):
                 words[n, k, : len(ids) + 2] = torch.tensor([START, *ids.tolist(), END])
-        return Batch(torch.stack([image for image, _ in items]), words)
+        images, _, indices = zip(*items, strict=True)
+        return Batch(torch.stack(images), words, torch.tensor(indices))
 
 
 def load_batches(

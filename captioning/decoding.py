@@ -96,23 +96,54 @@ def search(
 
 def greedy(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig) -> list[list[Hypothesis]]:
     """The likeliest word at every step; one hypothesis per image."""
-    return _roll_out(decoder, a, config, rows_per_image=1, choose=lambda log_p: log_p.argmax(dim=-1))
+    best = _roll_out(decoder, a, config, rows_per_image=1, choose=lambda log_p: log_p.argmax(dim=-1))
+    return _endings(*best, config)
 
 
 def sample(
     decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig, *, generator: torch.Generator | None = None
 ) -> list[list[Hypothesis]]:
     """Words drawn from p(y_t)^(1/temperature), cut to the top k and to the nucleus top p (Holtzman et al., 2020)."""
+    choose = _drawn(config, generator)
+    return _endings(*_roll_out(decoder, a, config, rows_per_image=config.num_captions, choose=choose), config)
+
+
+def draw_words(
+    decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig, *, generator: torch.Generator | None = None
+) -> Integer[Tensor, "N K S"]:
+    """The captions of `sample` as words to be fed back: framed by START and END, padded with PAD.
+
+    One that did not end has all the `max_length + 1` words that were drawn, and no END.
+    """
+    with torch.no_grad():
+        choose = _drawn(config, generator)
+        _, history = _roll_out(decoder, a, config, rows_per_image=config.num_captions, choose=choose)
+    ended = (history == END).cumsum(dim=-1) - (history == END).int() > 0
+    words = torch.cat([torch.full_like(history[:, :1], START), history.masked_fill(ended, PAD)], dim=-1)
+    return words.unflatten(0, (len(a), -1))
+
+
+def sayable(logits: Float[Tensor, "W V"]) -> Float[Tensor, "W V"]:
+    """Logits of the distribution that is drawn from: the words that no search ever says are impossible."""
+    return logits.index_fill(-1, torch.tensor(NEVER, device=logits.device), -torch.inf)
+
+
+def _drawn(config: SearchConfig, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
+    """How `sample` chooses words."""
 
     def choose(log_p: Float[Tensor, "R V"]) -> Integer[Tensor, " R"]:
         p = nucleus((log_p / config.temperature).softmax(dim=-1), top_k=config.top_k, top_p=config.top_p)
-        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+        below = p.double().cumsum(dim=-1)  # torch.multinomial draws a random number per word, which takes longer than p
+        u = torch.rand(len(p), 1, dtype=below.dtype, device=p.device, generator=generator) * below[:, -1:]
+        return torch.searchsorted(below, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
 
-    return _roll_out(decoder, a, config, rows_per_image=config.num_captions, choose=choose)
+    return choose
 
 
 def nucleus(p: Float[Tensor, "R V"], *, top_k: int, top_p: float) -> Float[Tensor, "R V"]:
     """Keep the k likeliest words (0: all), and of them the fewest whose probabilities reach top_p; renormalise."""
+    if not top_k and top_p >= 1:
+        return p
     ordered, order = p.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
     keep = before < top_p if top_p < 1 else torch.ones_like(p, dtype=torch.bool)
@@ -128,9 +159,9 @@ def _roll_out(
     config: SearchConfig,
     *,
     rows_per_image: int,
-    choose: Callable[[Float[Tensor, "R V"]], Integer[Tensor, " R"]],
-) -> list[list[Hypothesis]]:
-    """One word after the other, `choose`n from the allowed log p; rows never branch."""
+    choose: Callable[[Tensor], Tensor],
+) -> tuple[list[_Trace], Integer[Tensor, "R T"]]:
+    """One word after the other, `choose`n from the allowed log p; rows never branch. Returns traces and words."""
     n, k = len(a), rows_per_image
     memory = decoder.prepare(a)
     state = decoder.initial_state(memory, k)
@@ -147,6 +178,12 @@ def _roll_out(
         state, history = step.state, torch.cat([history, words.unsqueeze(-1)], dim=-1)
         if bool((history == END).any(dim=-1).all()):
             break
+    return traces, history
+
+
+def _endings(traces: list[_Trace], history: Integer[Tensor, "R T"], config: SearchConfig) -> list[list[Hypothesis]]:
+    """What a roll-out said, up to its first END."""
+    n, k = traces[0].words.shape
     endings = []
     totals = torch.stack([trace.log_probs for trace in traces], dim=-1).tolist()
     for i, rows in enumerate(history.view(n, k, -1).tolist()):

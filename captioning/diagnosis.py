@@ -219,7 +219,7 @@ def caption_batches(
         for i in part.tolist():
             image = data.image(i)
             captions = [np.asarray(vocabulary.encode(tokenize(text))) for text in data.references(i)[:CAPTIONS]]
-            items.append((image if data.kind == ANNOTATIONS else resize(image), captions))
+            items.append((image if data.kind == ANNOTATIONS else resize(image), captions, i))
         yield collate(items)
 
 

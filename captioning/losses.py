@@ -1,4 +1,5 @@
-"""What is minimised: caption NLL and the doubly stochastic penalty, Xu et al. (2015), eq. 14; REINFORCE, eq. 12.
+"""What is minimised: caption NLL and the doubly stochastic penalty, Xu et al. (2015), eq. 14; REINFORCE, eq. 12;
+self-critical training.
 
 Functions return one value per word or caption; the caller takes means, so that a weight means the same for every batch
 size, caption length and number of processes.
@@ -52,3 +53,18 @@ def reinforce(
 ) -> Float[Tensor, "N K T"]:
     """-(R_t - b_t) log p(s_t): its gradient is minus the middle term of eq. 12 (the gradient of the hard objective)."""
     return -(rewards - baselines).detach() * log_probs
+
+
+def leave_one_out(rewards: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+    """Advantage of each of an image's K samples over the mean of the others, Luo (2020): a baseline without bias."""
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * (rewards.shape[1] / (rewards.shape[1] - 1))
+
+
+def self_critical(
+    log_p: Float[Tensor, " W"], mask: Bool[Tensor, "N K T"], advantage: Float[Tensor, "N K"]
+) -> Float[Tensor, " W"]:
+    """-advantage * log p(y_t) of every sampled word, in mask order; Rennie et al. (2017), eqs. 5-7.
+
+    Summed over the words and averaged over the samples, its gradient has the expectation -d E[reward].
+    """
+    return -log_p * advantage.unsqueeze(-1).expand(mask.shape)[mask].to(log_p.dtype)

@@ -19,15 +19,18 @@ class Objective(NamedTuple):
 
     Args:
         loss: what is minimised; a mean over all processes once their gradients are averaged.
-        nll: per word, a part of it.
         words: targets in this process's batch.
-        curves: further means, for the log.
+        means: for the log: `nll` per word and others, or `reward` and `length` of sampled captions.
     """
 
     loss: Float[Tensor, ""]
-    nll: Float[Tensor, ""]
     words: int
-    curves: dict[str, Tensor]
+    means: dict[str, Tensor]
+
+    def numbers(self) -> dict[str, float]:
+        """The means, fetched from their device at once."""
+        values = torch.stack([x.detach().float() for x in self.means.values()]).tolist()
+        return dict(zip(self.means, values, strict=True))
 
 
 class HardTerms(NamedTuple):
@@ -46,20 +49,28 @@ def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[
     settings = run.settings
     with run.accelerator.autocast(), looking(run.model, training_look(settings.hard)):
         output: Output = run.wrapped(images, captions.repeat_interleave(settings.hard.samples, dim=1))
-    words, rows = _means(run, torch.stack([output.mask.sum(), output.mask.any(dim=-1).sum()]).float())
+    (words,) = run.mean_over_processes(output.mask.sum())
     nlls = word_nll(output.logits, output.targets, label_smoothing=settings.loss.label_smoothing)
     nll = nlls.sum() / words
-    loss, curves = nll, {}
-    if output.alphas is not None and settings.loss.lambda_ds:
-        penalty = doubly_stochastic_penalty(output.alphas, output.mask).sum() / rows
-        loss, curves = loss + settings.loss.lambda_ds * penalty, {"penalty": penalty.detach()}
+    loss, means = with_penalty(run, output, nll)
+    means["nll"] = nll
     if run.baseline is not None:
         exact = word_nll(output.logits.detach(), output.targets) if settings.loss.label_smoothing else nlls.detach()
         terms = hard_terms(output, -exact, settings.hard, run.baseline)
         loss = loss + terms.loss / words
-        curves |= {name: x / words for name, x in terms.curves.items()}
+        means |= {name: x / words for name, x in terms.curves.items()}
         update_baseline(run, run.baseline, terms)
-    return Objective(loss, nll, int(output.mask.sum()) // settings.hard.samples, curves)
+    return Objective(loss, int(output.mask.sum()) // settings.hard.samples, means)
+
+
+def with_penalty(run: Run, output: Output, loss: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The loss and `lambda_ds` times the mean penalty of eq. 14; and that mean, for the log."""
+    weight = run.settings.loss.lambda_ds
+    if output.alphas is None or not weight:
+        return loss, {}
+    (rows,) = run.mean_over_processes(output.mask.any(dim=-1).sum())
+    penalty = doubly_stochastic_penalty(output.alphas, output.mask).sum() / rows
+    return loss + weight * penalty, {"penalty": penalty}
 
 
 def training_look(hard: HardConfig, generator: torch.Generator | None = None) -> Look:
@@ -104,8 +115,3 @@ def update_baseline(run: Run, baseline: Baseline, terms: HardTerms) -> None:
 def _sums(run: Run, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Values added up over all processes."""
     return run.accelerator.reduce(values) if run.accelerator.num_processes > 1 else values
-
-
-def _means(run: Run, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Values as means over the processes, whose gradients are averaged."""
-    return _sums(run, values) / run.accelerator.num_processes

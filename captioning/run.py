@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -31,8 +32,15 @@ from captioning.checkpoint import (
 from captioning.config import EncoderConfig, Settings, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, Sample, plan_epoch
 from captioning.models.captioner import CaptioningModel
-from captioning.optimization import build_optimizer, load_optimizer_tensors, moving_average, optimizer_tensors
+from captioning.optimization import (
+    build_optimizer,
+    learning_rate_factor,
+    load_optimizer_tensors,
+    moving_average,
+    optimizer_tensors,
+)
 from captioning.reward_baselines import BASELINES, Baseline
+from captioning.rewards import CiderD, references_with_end
 
 
 @dataclass
@@ -65,7 +73,9 @@ class Run:
     baseline: Baseline | None
     progress: Progress
     writer: SummaryWriter | None
+    likelihood_steps: int
     total_steps: int
+    reward: CiderD | None
 
     @property
     def complete(self) -> bool:
@@ -76,6 +86,27 @@ class Run:
     def evaluated(self) -> CaptioningModel:
         """The model that is validated and kept: the moving average if there is one."""
         return cast(CaptioningModel, self.average.module) if self.average is not None else self.model
+
+    @property
+    def self_critical(self) -> bool:
+        """Whether the likelihood phase is over."""
+        return self.progress.epoch >= self.settings.likelihood_epochs
+
+    def mean_over_processes(self, *counts: Tensor) -> list[Tensor]:
+        """Counts of this process as what to divide by: gradients are averaged over processes, so counts are too."""
+        if self.accelerator.num_processes == 1:
+            return list(counts)
+        return list(self.accelerator.reduce(torch.stack(counts).float()) / self.accelerator.num_processes)
+
+    def rate_factor(self) -> float:
+        """This step's learning rate as a fraction of the optimiser's peak."""
+        options, phase, step = self.settings.optimizer, self.settings.self_critical, self.progress.step
+        if not self.self_critical:
+            return learning_rate_factor(step, self.likelihood_steps, options)
+        schedule = dataclasses.replace(options, warmup_steps=0, schedule=phase.schedule)
+        done = step - self.likelihood_steps
+        factor = learning_rate_factor(done, self.total_steps - self.likelihood_steps, schedule)
+        return factor * phase.learning_rate / options.learning_rate
 
 
 def start(settings: Settings) -> Run:
@@ -113,17 +144,19 @@ def start(settings: Settings) -> Run:
     for part in (average, baseline):
         if part is not None:
             part.to(accelerator.device)
-    batches = len(plan(settings, data, epoch=0))
     writer = open_output(settings, progress) if accelerator.is_main_process else None
-    total = batches * settings.epochs
+    unlimited = dataclasses.replace(settings, max_steps=0)
+    steps = [len(plan(unlimited, data, epoch=epoch)) for epoch in (0, settings.epochs - 1)]
+    likelihood_steps = steps[0] * settings.likelihood_epochs
+    total = likelihood_steps + steps[1] * settings.self_critical.epochs
     total = min(total, settings.max_steps or total)
-    run = Run(
-        settings, accelerator, data, encoder, model, wrapped, optimizer, average, baseline, progress, writer, total
-    )
+    reward = CiderD(references_with_end(data, "train")) if settings.self_critical.epochs else None
+    objects = (settings, accelerator, data, encoder, model, wrapped, optimizer, average, baseline, progress, writer)
+    run = Run(*objects, min(likelihood_steps, total), total, reward)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         run,
-        f"{len(data.indices('train')):,} images, {batches:,} steps an epoch, {parameters:,} trained parameters, "
+        f"{len(data.indices('train')):,} images, {steps[0]:,} steps an epoch, {parameters:,} trained parameters, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {settings.precision}",
     )
     return run
@@ -230,6 +263,7 @@ def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Samp
         batch_size=settings.batch_size,
         seed=settings.seed,
         epoch=epoch,
+        every_caption=epoch < settings.likelihood_epochs,
     )
     return batches[: max(settings.max_steps - epoch * len(batches), 0)] if settings.max_steps else batches
 

@@ -25,8 +25,9 @@ from captioning.diagnostics import collapse
 from captioning.evaluate import caption_split
 from captioning.metrics import score
 from captioning.objective import teacher_forced
-from captioning.optimization import learning_rate_factor, set_learning_rate
+from captioning.optimization import set_learning_rate
 from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start
+from captioning.self_critical import self_critical_sampled
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error: the state was saved
@@ -82,19 +83,23 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> None:
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     run.wrapped.train()
-    began, waited, words_seen, loss_sum = time.perf_counter(), 0.0, 0, 0.0
+    began, waited, words_seen, weights, sums = time.perf_counter(), 0.0, 0, 0, dict[str, float]()
     for _ in range(len(mine)):
         clock = time.perf_counter()
         batch = next(loader)
         waited += time.perf_counter() - clock
-        loss, words = train_step(run, batch)
+        values, words = train_step(run, batch)
         progress.batch += 1
         progress.step += 1
         progress.words += words
         progress.seconds += time.perf_counter() - clock
-        loss_sum, words_seen = loss_sum + loss * words, words_seen + words
+        words_seen += words
+        weight = 1 if run.self_critical else words  # of words the mean is over words, of captions over steps
+        weights += weight
+        sums = {name: sums.get(name, 0.0) + value * weight for name, value in values.items()}
+        means = ", ".join(f"{name} {sums[name] / weights:.4f}" for name in ("reward", "length", "nll") if name in sums)
         elapsed = time.perf_counter() - began
-        bar.set_postfix_str(f"nll {loss_sum / words_seen:.3f}, {words_seen / elapsed:,.0f} words/s", refresh=False)
+        bar.set_postfix_str(f"{means}, {words_seen / elapsed:,.0f} words/s", refresh=False)
         bar.update()
         due = settings.save_every and progress.step % settings.save_every == 0
         stopping = asked_to_stop(run, stop)  # at every step: all processes must take part in the question
@@ -109,38 +114,41 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> None:
     curve(run, "train/share_waiting_for_data", waited / elapsed)
     say(
         run,
-        f"epoch {progress.epoch + 1}: nll {loss_sum / words_seen:.4f}, {words_seen / elapsed:,.0f} words/s, "
+        f"epoch {progress.epoch + 1}: {means}, {words_seen / elapsed:,.0f} words/s, "
         f"{elapsed:.0f} s, {waited / elapsed:.1%} of it waiting for data",
     )
 
 
-def train_step(run: Run, batch: Batch) -> tuple[float, int]:
-    """Forward, backward, update: eq. 14 as means over the words and captions of all processes.
+def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:
+    """Forward, backward, update.
 
     Returns:
-        NLL per word, and the number of words.
+        What the objective reports, and the number of words.
     """
     settings, accelerator, step = run.settings, run.accelerator, run.progress.step
     torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
-    images, targets = (x.to(accelerator.device, non_blocking=True) for x in batch)
-    objective = teacher_forced(run, images, targets)
+    batch = Batch(*(x.to(accelerator.device, non_blocking=True) for x in batch))
+    if run.self_critical:
+        objective = self_critical_sampled(run, batch)
+    else:
+        objective = teacher_forced(run, batch.images, batch.words)
     loss = objective.loss
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} at step {step}: lower optimizer.learning_rate or set clip_norm")
     accelerator.backward(loss)
     average_gradients(run)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.optimizer.clip_norm or float("inf"))
-    factor = learning_rate_factor(step, run.total_steps, settings.optimizer)
+    factor = run.rate_factor()
     set_learning_rate(run.optimizer, factor)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.average is not None:
         run.average.update_parameters(run.model)
+    values = objective.numbers()
     if step % 10 == 0:
-        values = {"nll": objective.nll.detach(), **objective.curves, "gradient_norm": norm}
-        for name, value in {**values, "learning_rate_factor": factor}.items():
-            curve(run, f"train/{name}", float(value))
-    return objective.nll.item(), objective.words
+        for name, value in {**values, "gradient_norm": float(norm), "learning_rate_factor": factor}.items():
+            curve(run, f"train/{name}", value)
+    return values, objective.words
 
 
 def average_gradients(run: Run) -> None:

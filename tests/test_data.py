@@ -99,9 +99,18 @@ def test_the_parts_of_all_processes_are_the_whole_batch(world):
     assert len(parts[0]) == -(-7 // world)
 
 
+def test_an_epoch_of_images_has_each_of_them_once(tiny_data):
+    data = CaptionData(tiny_data)
+    batches = plan_epoch(data, "train", captions_per_image=2, batch_size=5, seed=0, epoch=1, every_caption=False)
+    samples = [sample for batch in batches for sample in batch]
+    assert sorted(sample.image for sample in samples) == data.indices("train").tolist()
+    assert all(len(sample.captions) == 2 for sample in samples)
+    assert {len(batch) for batch in batches[:-1]} == {5}
+
+
 def test_a_batch_is_framed_padded_and_ordered_longest_first():
     images = [torch.full((2,), value) for value in (1.0, 2.0, 3.0)]
-    items = [(images[0], [ids(7), ids(8, 9)]), (images[1], [ids(4, 5, 6)]), (images[2], [])]
+    items = [(images[0], [ids(7), ids(8, 9)], 10), (images[1], [ids(4, 5, 6)], 11), (images[2], [], 12)]
     batch = Collate(2)(items)
     assert batch.words.tolist() == [
         [[START, 4, 5, 6, END], [PAD] * 5],
@@ -109,14 +118,15 @@ def test_a_batch_is_framed_padded_and_ordered_longest_first():
         [[PAD] * 5, [PAD] * 5],
     ]
     assert batch.images[:, 0].tolist() == [2.0, 1.0, 3.0]
+    assert batch.indices.tolist() == [11, 10, 12]
 
 
 def test_an_empty_caption_is_start_and_end():
-    assert Collate(1)([(torch.zeros(1), [ids()])]).words.tolist() == [[[START, END]]]
+    assert Collate(1)([(torch.zeros(1), [ids()], 0)]).words.tolist() == [[[START, END]]]
 
 
 def test_images_of_one_length_keep_their_order():
-    items = [(torch.tensor([float(i)]), [ids(4)]) for i in range(5)]
+    items = [(torch.tensor([float(i)]), [ids(4)], i) for i in range(5)]
     assert Collate(1)(items).images[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captioning.config import DecoderConfig, SearchConfig
-from captioning.decoding import beam_search, greedy, nucleus, sample, search
+from captioning.decoding import beam_search, draw_words, greedy, nucleus, sample, sayable, search
 from captioning.models.decoder import Decoder, Step
 from captioning.models.registry import build_decoder
 from captioning.vocabulary import END, PAD, START, UNK
@@ -199,6 +199,31 @@ def test_samples_follow_the_models_distribution():
     found = sample(TableDecoder(table), torch.zeros(1, 1, 1), config, generator=generator)[0]
     share = sum(h.ids[0] == 4 for h in found) / len(found)
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+def test_drawn_words_are_the_samples_framed_to_be_fed_back():
+    decoder, a = small_decoder(6, scale=0.5), annotations(4)
+    config = SearchConfig(sample=True, num_captions=3, max_length=4)
+    words = draw_words(decoder, a, config, generator=torch.Generator().manual_seed(0))
+    found = sample(decoder, a, config, generator=torch.Generator().manual_seed(0))
+    assert words.shape == (4, 3, 6)
+    for rows, hypotheses in zip(words.tolist(), found, strict=True):
+        said = [[word for word in row[1:] if word != PAD] for row in rows]
+        assert all(row == [START, *ids, *[PAD] * (5 - len(ids))] for row, ids in zip(rows, said, strict=True))
+        cut = [ids if END in ids else ids[:4] for ids in said]  # a hypothesis leaves out the word that is one too many
+        assert sorted(cut) == sorted(list(h.ids) for h in hypotheses)
+    assert {END in row for rows in words.tolist() for row in rows} == {True, False}
+
+
+def test_words_are_drawn_from_the_softmax_of_the_sayable_logits():
+    table = torch.tensor([[0.1, 0.2, 0.1, 0.3, 0.1, 0.2]]).repeat(6, 1)  # 0.6 of it can never be said
+    p = sayable(table.log()).softmax(-1)[0]
+    torch.testing.assert_close(p, torch.tensor([0, 0, 0.25, 0, 0.25, 0.5]))
+    config = SearchConfig(sample=True, num_captions=4000, max_length=1)
+    generator = torch.Generator().manual_seed(0)
+    first = draw_words(TableDecoder(table), torch.zeros(1, 1, 1), config, generator=generator)[0, :, 1]
+    for word, share in ((END, 0.25), (4, 0.25), (5, 0.5)):
+        assert abs((first == word).double().mean() - share) < 4 * (share * (1 - share) / 4000) ** 0.5
 
 
 def test_equal_seeds_give_equal_samples_and_others_do_not():

@@ -25,7 +25,8 @@ ORDER = (
     ("models.baselines", "models.luong", "models.transformer", "models.registry"),
     ("models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
-    ("api", "evaluate", "run", "objective", "training"),
+    ("rewards",),
+    ("api", "evaluate", "run", "objective", "self_critical", "training"),
 )
 # These take arrays and strings: all that they may import of the package.
 LEAVES = {
@@ -40,6 +41,7 @@ LEAVES = {
 APART = {
     "data": {"images"},
     "losses": {"data", "config", "checkpoint"},
+    "rewards": {"config", "checkpoint", "decoding", "losses"},
     "decoding": {"data", "images", "checkpoint", "models.encoder", "models.captioner"},
     **{f"models.{path.stem}": {"data", "images", "results"} for path in MODELS},
 }

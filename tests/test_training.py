@@ -272,7 +272,7 @@ def test_training_lowers_the_loss_of_its_captions(tiny_data, tmp_path):
     data = CaptionData(tiny_data)
     dataset = CaptionDataset(data, image_size=32)
     batch = next(load_batches(dataset, plan(settings, data, epoch=0), captions_per_image=5))
-    output = load_checkpoint(tmp_path / "run" / "last").model(*batch)
+    output = load_checkpoint(tmp_path / "run" / "last").model(batch.images, batch.words)
     nll = word_nll(output.logits, output.targets).mean()
     assert nll < 0.6 * torch.tensor(len(data.vocabulary)).log()  # guessing costs ln V per word
 

@@ -1,5 +1,7 @@
 """Encoder, region encoder and decoder together: pixels (or stored annotation vectors) and words in, logits out."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor, nn
@@ -29,9 +31,21 @@ class CaptioningModel(nn.Module):
         a = self.encoder(images) if images.dim() == 4 else images
         return self.regions(a.to(self.decoder_dtype))
 
-    def forward(self, images: Shaped[Tensor, "N ..."], words: Integer[Tensor, "N K S"]) -> Output:
-        """Teacher forcing, see `Decoder.forward`."""
-        return self.decoder(self.annotate(images), words)
+    def forward(
+        self,
+        images: Shaped[Tensor, "N ..."],
+        words: Integer[Tensor, "N K S"] | Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> Output:
+        """Teacher forcing, see `Decoder.forward`.
+
+        Args:
+            images: as for `annotate`.
+            words: given, or made from the annotation vectors: (N, L, D) -> the same, perhaps in another order, and the
+                words for them. So words that the model draws need no second run of the encoder.
+        """
+        a = self.annotate(images)
+        a, words = (a, words) if isinstance(words, Tensor) else words(a)
+        return self.decoder(a, words)
 
     @property
     def decoder_dtype(self) -> torch.dtype:
