@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_attention_alone_one_row_per_batch(checkpoint
     found = gradients_of(model, batches)
     parameters = list(model.decoder.attention.parameters())
     assert found.shape == (2, sum(p.numel() for p in parameters))
-    nll(model(*batches[0])).backward()
+    nll(model(batches[0].images, batches[0].words)).backward()
     torch.testing.assert_close(found[0], torch.cat([p.grad.flatten() for p in parameters]))
 
 
