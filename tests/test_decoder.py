@@ -172,6 +172,30 @@ def test_long_captions_first_let_the_batch_shrink():
     assert active_rows(words[..., 1:] != PAD) == [(2, 3), (2, 3), (2, 2), (2, 1), (1, 1)]
 
 
+@pytest.mark.parametrize("attention", ["soft", "hard"])
+@pytest.mark.parametrize("gate", ["scalar", "none"])
+def test_projecting_the_locations_first_changes_neither_logits_nor_gradients(attention, gate, monkeypatch):
+    decoder = build(dataclasses.replace(VARIANTS[0], attention=attention, gate=gate)).eval()
+    found = []
+    for project in (True, False):
+        monkeypatch.setattr(decoder, "_projects", lambda memory, mask, project=project: project)
+        decoder.zero_grad()
+        output = decoder(*batch())
+        (output.logits.sin().sum() + output.alphas.sin().sum()).backward()
+        found.append([output.logits, *(p.grad for p in decoder.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_locations_are_projected_first_where_words_are_more_than_twice_as_many():
+    decoder = build(VARIANTS[0])
+    a, words = batch()
+    memory = decoder.prepare(a)
+    mask = words[..., 1:] != PAD  # 16 words over 2 x 5 locations
+    assert not decoder._projects(memory, mask)
+    assert decoder._projects(memory, mask.repeat_interleave(2, dim=1))
+
+
 @every_decoder
 def test_a_batch_of_absent_captions_is_harmless(config):
     decoder = build(config)

@@ -240,6 +240,7 @@ class Gate(nn.Module):
 
     def __init__(self, hidden_dim: int, gate_dim: int):
         super().__init__()
+        self.size = gate_dim
         self.f_beta = nn.Linear(hidden_dim, gate_dim)
 
     def forward(self, h: Float[Tensor, "R n"]) -> Float[Tensor, "R g"]:
@@ -248,6 +249,8 @@ class Gate(nn.Module):
 
 class OpenGate(nn.Module):
     """No gate: beta is 1 everywhere."""
+
+    size = 1
 
     def forward(self, h: Float[Tensor, "R n"]) -> Float[Tensor, "R 1"]:
         return h.new_ones(len(h), 1)

@@ -141,7 +141,7 @@ class AttentionLSTM(Decoder):
     def step(self, word: Integer[Tensor, " R"], state: State, memory: Memory) -> Step:
         embedded = self.embedding_dropout(self.E(word))
         state, z, beta, context = self._recur(self.lstm_word(embedded), state, memory)
-        logits = self._deep_output(state.h, z, embedded)
+        logits = self._deep_output(state.h, self.L_z(z), embedded)
         return Step(logits, state, context.alpha, beta.mean(dim=-1), context.location)
 
     def forward(
@@ -157,40 +157,81 @@ class AttentionLSTM(Decoder):
         n, k = mask.shape[:2]
         memory = self.prepare(a)
         embedded = self.embedding_dropout(self.E(inputs))
-        word_gates = self.lstm_word(embedded).unbind(2)  # the words' half of eq. 1, for all steps at once
         state = self.initial_state(memory, k)
+        project = self._projects(memory, mask)
+        # The words' half of eq. 1, for all steps at once.
+        word_gates = (self._gates_of_words(inputs, embedded) if project else self.lstm_word(embedded)).unbind(2)
+        w_h = None
+        if project:
+            w_h, memory = self._project(memory)
         rows = (n, k)
         states, steps = [state.h], []
         for t, active in enumerate(active_rows(mask)):
             state = State(*(resize(x, rows, active) for x in state))
             gates = word_gates[t][: active[0], : active[1]].flatten(0, 1)
             forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
-            state, z, beta, context = self._recur(gates, state, memory.first(active[0]), *forced)
+            state, z, beta, context = self._recur(gates, state, memory.first(active[0]), *forced, w_h=w_h)
             states.append(resize(state.h, active, (n, k)))
             steps.append([None if x is None else resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
             rows = active
         z, betas, *looked = (stack_steps(x, (n, k)) for x in zip(*steps, strict=True))
         h = stack_steps(states, (n, k))
-        logits = self._deep_output(h[:, :, 1:][mask], z[mask], embedded[mask])
+        seen = z[mask] if project else self.L_z(z[mask])
+        logits = self._deep_output(h[:, :, 1:][mask], seen, embedded[mask])
         alphas, locations, log_probs, entropies = looked
         betas, states = betas.mean(dim=-1), h[:, :, :-1]
         return Output(logits, targets[mask], mask, alphas, betas, locations, log_probs, entropies, states)
 
     def _recur(
-        self, word_gates: Float[Tensor, "R g"], state: State, memory: Memory, *location: Integer[Tensor, " R"]
-    ) -> tuple[State, Float[Tensor, "R D"], Float[Tensor, "R b"], Context]:
-        """Eqs. 1-6 for one word, whose half of the gates is given. Returns the state, z (gated), beta and the look."""
+        self,
+        word_gates: Float[Tensor, "R g"],
+        state: State,
+        memory: Memory,
+        *location: Integer[Tensor, " R"],
+        w_h: Float[Tensor, "g n"] | None = None,
+    ) -> tuple[State, Float[Tensor, "R z"], Float[Tensor, "R b"], Context]:
+        """Eqs. 1-6 for one word, whose half of the gates is given. Returns the state, z (gated), beta and the look.
+
+        With w_h the memory is that of `_project`; then L_z z stands in the place of z.
+        """
         context = self.attention(state.h, memory, *location)
         beta = self.gate(state.h)
         z = beta * context.z
-        gates = word_gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
+        if w_h is None:
+            gates = word_gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
+        else:
+            gates_of_z, z = z.split([len(w_h), z.shape[1] - len(w_h)], dim=-1)
+            gates = word_gates + F.linear(state.h, w_h) + gates_of_z
         return State(*lstm_cell(gates, state.c)), z, beta, context
 
+    def _projects(self, memory: Memory, mask: Bool[Tensor, "N K T"]) -> bool:
+        """Whether to multiply the locations by the matrices that meet z, instead of every z: where words are many.
+
+        z_t is beta_t a_s in hard attention and beta_t sum_i alpha_i a_i in soft; with a scalar beta_t, W z_t is the
+        same of the vectors W a_i.
+        """
+        return bool(self.gate.size == 1) and int(mask.sum()) > 2 * memory.a.shape[0] * memory.a.shape[1]
+
+    def _project(self, memory: Memory) -> tuple[Float[Tensor, "g n"], Memory]:
+        """The gates' matrix of h alone, and a memory whose vectors are multiplied by that of z and by L_z."""
+        w_h, w_z = self.lstm_state.weight.split([self.L_h.in_features, self.L_z.in_features], dim=1)
+        a = F.linear(memory.a, torch.cat([w_z, self.L_z.weight]))
+        return w_h, memory._replace(a=a.to(self.E.weight.dtype))  # gradients of many words are summed here: not in bf16
+
+    def _gates_of_words(
+        self, words: Integer[Tensor, "N K T"], embedded: Float[Tensor, "N K T m"]
+    ) -> Float[Tensor, "N K T g"]:
+        """The words' half of eq. 1, once per different word unless dropout makes them all different."""
+        if self.training and self.embedding_dropout.p:
+            return self.lstm_word(embedded)
+        different, places = words.unique(return_inverse=True)
+        return F.embedding(places, self.lstm_word(self.E(different)).to(self.E.weight.dtype))
+
     def _deep_output(
-        self, h: Float[Tensor, "W n"], z: Float[Tensor, "W D"], embedded: Float[Tensor, "W m"]
+        self, h: Float[Tensor, "W n"], seen: Float[Tensor, "W m"], embedded: Float[Tensor, "W m"]
     ) -> Float[Tensor, "W V"]:
-        """Eq. 7, with the tanh of the original code: L_o tanh(L_h h_t + L_z z_t + E y_{t-1})."""
-        hidden = torch.tanh(self.L_h(self.dropout(h)) + self.L_z(z) + embedded)
+        """Eq. 7, with the tanh of the original code: L_o tanh(L_h h_t + L_z z_t + E y_{t-1}); `seen` is L_z z_t."""
+        hidden = torch.tanh(self.L_h(self.dropout(h)) + seen + embedded)
         return self.L_o(self.dropout(hidden))
 
 
