@@ -52,7 +52,7 @@ def paths(oracle: Oracle) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """Log p(s|a) and log p(y|s,a) of every path s, through the decoder with its locations forced; with gradients."""
     places, steps = oracle.a.shape[1], oracle.words.shape[-1] - 1
     every = torch.tensor(list(itertools.product(range(places), repeat=steps))).unsqueeze(0)
-    output = oracle.decoder(oracle.a, oracle.words.expand(1, every.shape[1], -1), locations=every)  # type: ignore[call-arg]
+    output = oracle.decoder(oracle.a, oracle.words.expand(1, every.shape[1], -1), locations=every)
     log_p = by_word(-word_nll(output.logits, output.targets), output.mask)
     return output.log_probs.sum(dim=-1).flatten(), log_p.sum(dim=-1).flatten()
 
@@ -82,7 +82,13 @@ def new_baseline(oracle: Oracle, hard: HardConfig) -> Baseline:
 
 
 def estimate(
-    oracle: Oracle, hard: HardConfig, baseline: Baseline, *, copies: int = 1, seed: int | None = None
+    oracle: Oracle,
+    hard: HardConfig,
+    baseline: Baseline,
+    *,
+    copies: int = 1,
+    seed: int | None = None,
+    learn: bool = False,
 ) -> Float[Tensor, " P"]:
     """One estimate of the gradient of L_s, summed over the captions: as training makes it, with its sign turned.
 
@@ -92,13 +98,17 @@ def estimate(
         baseline: its b, which learns from this batch when it is done.
         copies: the mean of so many independent estimates.
         seed: of the locations.
+        learn: give the baseline's own parameters their gradient too, in `.grad`.
     """
     generator = None if seed is None else torch.Generator(oracle.a.device).manual_seed(seed)
     with looking(oracle.decoder, training_look(hard, generator)):
         output = oracle.decoder(oracle.a, oracle.words.repeat_interleave(copies * hard.samples, dim=1))
     nll = word_nll(output.logits, output.targets)
     terms = hard_terms(output, -nll.detach(), hard, baseline)
-    gradient = _flat(-(nll.sum() + terms.loss) / (copies * hard.samples), oracle)
+    loss = (nll.sum() + terms.loss) / (copies * hard.samples)
+    if learn:
+        loss.backward(inputs=list(baseline.parameters()), retain_graph=True)
+    gradient = _flat(-loss, oracle)
     log_p, words, captions = terms.captions
     if captions:
         baseline.update(log_p / captions, words / captions)

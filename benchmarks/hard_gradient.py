@@ -1,0 +1,210 @@
+"""Which estimator of hard attention's gradient: bias, variance and cost, on the oracle and on a real batch.
+
+    python -m benchmarks.hard_gradient
+    python -m benchmarks.hard_gradient --data features.h5 --checkpoint runs/soft/best --images 8 --draws 24
+
+On the oracle (3 locations, 3 words, 27 paths) the gradient of L_s is exact; on a batch of a data file the mean of many
+draws of the quietest estimator stands in for it. Columns, for the gradient of all the decoder's parameters:
+
+- bias: length of (mean estimate - truth) over that of the truth, with what sampling alone would give behind it;
+- variance: trace of the covariance of one estimate over the truth's squared length; SNR: one over its root;
+- cost: CPU or GPU time of one forward and backward pass over soft attention's on the same batch (for
+  the single caption of the oracle that is mostly overhead).
+
+An estimate on the oracle is of one caption; the moving average and the learned baseline have seen some batches before.
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.hard_oracle import Oracle, estimate, exact_gradient, new_baseline, small_oracle
+from captioning.api import checkpoint_folder
+from captioning.checkpoint import load_checkpoint
+from captioning.config import HardConfig, one_line
+from captioning.data import CaptionData, CaptionDataset, load_batches, plan_epoch
+from captioning.losses import word_nll
+from captioning.models.attention import HardAttention, SoftAttention
+from captioning.reward_baselines import Baseline
+from captioning.vocabulary import PAD
+
+BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
+PAPER, CHOSEN = "sentence, moving average (the paper's)", "to-go, leave-one-out, K = 5"
+ESTIMATORS = {
+    "sentence, no baseline": dataclasses.replace(BASE, reward="sentence", baseline="none"),
+    PAPER: dataclasses.replace(BASE, reward="sentence"),
+    "sentence, learned": dataclasses.replace(BASE, reward="sentence", baseline="learned"),
+    "to-go, no baseline": dataclasses.replace(BASE, baseline="none"),
+    "to-go, moving average": BASE,
+    "to-go, learned": dataclasses.replace(BASE, baseline="learned"),
+    "to-go, moving average, K = 5": dataclasses.replace(BASE, samples=5),
+    "sentence, leave-one-out, K = 5": dataclasses.replace(BASE, reward="sentence", baseline="leave_one_out", samples=5),
+    CHOSEN: dataclasses.replace(BASE, baseline="leave_one_out", samples=5),
+    "Gumbel straight-through": dataclasses.replace(BASE, baseline="none", relaxation="gumbel_straight_through"),
+    "the paper's, mean context in half": dataclasses.replace(BASE, reward="sentence", expectation_probability=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One estimator's numbers; variance is relative to the truth's squared length, and of one estimate."""
+
+    bias: float
+    noise: float
+    variance: float
+    cost: float
+
+    @property
+    def line(self) -> str:
+        """As columns of the table."""
+        bias = f"{self.bias:8.4f} ({self.noise:.4f})"
+        return f"{bias}  {self.variance:9.4f}  {self.variance**-0.5:7.3f}  {self.cost:6.2f}"
+
+
+def measure(
+    oracle: Oracle, truth: Float[Tensor, " P"], hard: HardConfig, *, draws: int, copies: int, soft: float
+) -> Row:
+    """The bias, variance and cost of an estimator.
+
+    Args:
+        oracle: captions and decoder.
+        truth: the gradient that is estimated.
+        hard: the estimator.
+        draws: how many means of `copies` estimates.
+        copies: estimates made side by side.
+        soft: seconds of soft attention's gradient.
+    """
+    torch.manual_seed(0)
+    baseline = new_baseline(oracle, hard)
+    warm_up(oracle, hard, baseline, copies)
+    mean, squares = torch.zeros_like(truth), truth.new_zeros(())
+    for seed in range(draws):  # Welford's, so that one vector is kept and not one per draw
+        found = estimate(oracle, hard, baseline, copies=copies, seed=seed)
+        change = found - mean
+        mean += change / (seed + 1)
+        squares += (change * (found - mean)).sum()
+    length = truth.square().sum()
+    variance = squares / (draws - 1)
+    seconds = fastest(lambda: estimate(oracle, hard, baseline, seed=0))
+    bias, noise = (mean - truth).norm() / length.sqrt(), (variance / draws / length).sqrt()
+    return Row(bias.item(), noise.item(), (variance * copies / length).item(), seconds / soft)
+
+
+def warm_up(oracle: Oracle, hard: HardConfig, baseline: Baseline, copies: int) -> None:
+    """Let a baseline learn, the decoder standing still."""
+    if hard.baseline not in ("moving_average", "learned"):
+        return
+    optimizer = torch.optim.Adam(baseline.parameters(), lr=0.01) if list(baseline.parameters()) else None
+    for seed in range(30):
+        baseline.zero_grad()
+        estimate(oracle, hard, baseline, copies=copies, seed=10_000 + seed, learn=optimizer is not None)
+        if optimizer is not None:
+            optimizer.step()
+
+
+def fastest(once: Callable[[], object], repeats: int = 5) -> float:
+    """Seconds of the fastest of some runs, the process's own time on a CPU."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    found = []
+    for _ in range(repeats):
+        began = clock()
+        once()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(clock() - began)
+    return min(found)
+
+
+def soft_seconds(oracle: Oracle) -> float:
+    """Seconds of the gradient of the NLL with the same decoder made soft."""
+    soft: Any = copy.deepcopy(oracle.decoder)
+    soft.attention = SoftAttention(soft.attention.alignment)
+
+    def once() -> None:
+        output = soft(oracle.a, oracle.words)
+        torch.autograd.grad(word_nll(output.logits, output.targets).sum(), [*soft.parameters()], allow_unused=True)
+
+    return fastest(once)
+
+
+def real_batch(data_path: str, checkpoint: str, images: int) -> Oracle:
+    """A batch of training captions with the checkpoint's decoder made hard and without dropout."""
+    data, loaded = CaptionData(data_path), load_checkpoint(checkpoint_folder(checkpoint))
+    batches = plan_epoch(data, "train", captions_per_image=5, batch_size=images, seed=0, epoch=0)
+    dataset = CaptionDataset(data, image_size=loaded.encoder.image_size)
+    batch = next(load_batches(dataset, batches[:1], captions_per_image=5))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = loaded.model.to(device).eval()
+    with torch.no_grad():
+        a = model.annotate(batch[0].to(device))
+    model.decoder.attention = HardAttention(model.decoder.attention.alignment)
+    return Oracle(model.decoder.eval(), a, batch[1].to(device))
+
+
+def table(title: str, rows: dict[str, Row]) -> None:
+    """Print one problem's rows, and whether the goal was met."""
+    print(f"\n{title}")
+    print(f"{'estimator':36} {'bias (noise)':>17}  {'variance':>9}  {'SNR':>7}  {'cost':>6}")
+    for name, row in rows.items():
+        print(f"{name:36} {row.line}")
+    paper, chosen = rows[PAPER], rows[CHOSEN]
+    ratio, product = paper.variance / chosen.variance, paper.variance * paper.cost / (chosen.variance * chosen.cost)
+    met = "met" if ratio >= 5 and product > 1 else "not met"
+    print(f"{CHOSEN} against the paper's: variance {ratio:.1f} times less, variance x cost {product:.1f} times less")
+    print(f"goal (5 times less variance, and less variance x cost): {met}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 after a mistake, which it says in one line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hard_gradient", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="HDF5 file: also measure on a batch of it; needs --checkpoint")
+    parser.add_argument("--checkpoint", help="of the same encoder; a soft one will do")
+    parser.add_argument("--images", type=int, default=8, help="in the batch, with five captions each")
+    parser.add_argument("--draws", type=int, default=24, help="of each estimator on the batch")
+    options = parser.parse_args(arguments)
+    try:
+        if bool(options.data) != bool(options.checkpoint):
+            raise ValueError("--data and --checkpoint go together")
+        if options.images < 1 or options.draws < 2:
+            raise ValueError(f"--images must be at least 1 and --draws 2 (got {options.images} and {options.draws})")
+        real = real_batch(options.data, options.checkpoint, options.images) if options.data else None
+    except (ValueError, OSError) as error:
+        print(f"hard_gradient: {one_line(error)}", file=sys.stderr)
+        return 2
+    oracle = small_oracle()
+    soft = soft_seconds(oracle)
+    truth = exact_gradient(oracle)
+    rows = {name: measure(oracle, truth, hard, draws=60, copies=400, soft=soft) for name, hard in ESTIMATORS.items()}
+    table("the oracle; the truth is exact", rows)
+    if real is not None:
+        soft, many = soft_seconds(real), 4 * options.draws
+        truth = mean_of(real, ESTIMATORS[CHOSEN], many)
+        rows = {
+            name: measure(real, truth, hard, draws=options.draws, copies=1, soft=soft)
+            for name, hard in ESTIMATORS.items()
+        }
+        words = int((real.words[..., 1:] != PAD).sum())
+        table(f"{options.images} images, {words} words; the truth is the mean of {many} draws", rows)
+    return 0
+
+
+def mean_of(oracle: Oracle, hard: HardConfig, draws: int) -> Float[Tensor, " P"]:
+    """The mean of many estimates, of other seeds than those measured."""
+    baseline = new_baseline(oracle, hard)
+    total = estimate(oracle, hard, baseline, seed=20_000)
+    for seed in range(20_001, 20_000 + draws):
+        total += estimate(oracle, hard, baseline, seed=seed)
+    return total / draws
+
+
+if __name__ == "__main__":
+    sys.exit(main())
