@@ -47,11 +47,13 @@ class Attention(nn.Module):
     captions K is 1; captions of one image, or beams, share its annotation vectors, keys and values.
 
     `context_dim` is the size of z; None means that of the annotation vectors. `single` is whether alpha alone makes z
-    of the values: several heads have several alphas, of which one is shown.
+    of the values: several heads have several alphas, of which one is shown. `linear` is whether z is a weighted sum of
+    the values themselves, so that W z is the same sum of the vectors W v_i.
     """
 
     context_dim: int | None = None
     single = True
+    linear = False
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
         """The memory of N images."""
@@ -75,6 +77,8 @@ class ScoredAttention(Attention):
         alignment: f_att.
         value: W_v, or None.
     """
+
+    linear = True
 
     def __init__(self, alignment: Alignment, value: nn.Linear | None = None):
         super().__init__()

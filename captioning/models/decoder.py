@@ -207,16 +207,17 @@ class AttentionLSTM(Decoder):
     def _projects(self, memory: Memory, mask: Bool[Tensor, "N K T"]) -> bool:
         """Whether to multiply the locations by the matrices that meet z, instead of every z: where words are many.
 
-        z_t is beta_t a_s in hard attention and beta_t sum_i alpha_i a_i in soft; with a scalar beta_t, W z_t is the
-        same of the vectors W a_i.
+        z_t is beta_t v_s in hard attention and beta_t sum_i alpha_i v_i in soft; with a scalar beta_t, W z_t is the
+        same of the vectors W v_i.
         """
-        return bool(self.gate.size == 1) and int(mask.sum()) > 2 * memory.a.shape[0] * memory.a.shape[1]
+        possible = self.attention.linear and self.gate.size == 1
+        return bool(possible) and int(mask.sum()) > 2 * memory.a.shape[0] * memory.a.shape[1]
 
     def _project(self, memory: Memory) -> tuple[Float[Tensor, "g n"], Memory]:
-        """The gates' matrix of h alone, and a memory whose vectors are multiplied by that of z and by L_z."""
+        """The gates' matrix of h alone, and a memory whose values are multiplied by that of z and by L_z."""
         w_h, w_z = self.lstm_state.weight.split([self.L_h.in_features, self.L_z.in_features], dim=1)
-        a = F.linear(memory.a, torch.cat([w_z, self.L_z.weight]))
-        return w_h, memory._replace(a=a.to(self.E.weight.dtype))  # gradients of many words are summed here: not in bf16
+        values = F.linear(memory.values, torch.cat([w_z, self.L_z.weight]))
+        return w_h, memory._replace(values=values.to(self.E.weight.dtype))  # many gradients are summed: not in bf16
 
     def _gates_of_words(
         self, words: Integer[Tensor, "N K T"], embedded: Float[Tensor, "N K T m"]
