@@ -8,6 +8,8 @@ their best times in this one run, and the same log-probabilities come out of bot
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from captioning.models.transformer import TransformerDecoder
 from captioning.vocabulary import START
 
-SIZES = {"vocabulary_size": 9_000, "annotation_dim": 1280, "dim": 512, "layers": 3, "heads": 8}
+SIZES: dict[str, Any] = {"vocabulary_size": 9_000, "annotation_dim": 1280, "dim": 512, "layers": 3, "heads": 8}
 
 
 def cached(decoder: TransformerDecoder, a: Tensor, words: Tensor) -> Tensor:
@@ -74,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words[:, 0] = START
         words = words.to(options.device)
         with torch.no_grad():
-            fast, one = best_of(options.repeats, lambda words=words: cached(decoder, a, words))
-            slow, other = best_of(options.repeats, lambda words=words: recomputed(decoder, a, words))
+            fast, one = best_of(options.repeats, partial(cached, decoder, a, words))
+            slow, other = best_of(options.repeats, partial(recomputed, decoder, a, words))
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
         print(
             f"{steps} steps: cached {rows * steps / fast:,.0f} words/s, "
