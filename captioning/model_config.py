@@ -91,6 +91,7 @@ class DecoderConfig:
             multi_head (several soft looks at once, scaled_dot with projected values; Vaswani et al., 2017).
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general, concat (Luong) or scaled_dot.
         values: what a look brings back: the annotations (the paper), or projected to attention_dim by a matrix.
+        query: what attention_lstm asks with: state (h_{t-1}, the paper) or state_and_word, which has also read y_{t-1}.
         gate: beta: scalar (the paper), vector (many ports) or none (Luong).
         embedding_dim: m, size of a word's embedding E y.
         hidden_dim: n, size of the LSTM state; of the transformer's layers, where it equals embedding_dim.
@@ -116,6 +117,7 @@ class DecoderConfig:
     attention: Literal["soft", "hard", "multi_head"] = "soft"
     alignment: Literal["additive", "concat", "dot", "general", "scaled_dot"] = "additive"
     values: Literal["annotations", "projected"] = "annotations"
+    query: Literal["state", "state_and_word"] = "state"
     gate: Literal["scalar", "vector", "none"] = "scalar"
     embedding_dim: int = 512
     hidden_dim: int = 512
@@ -157,6 +159,7 @@ class DecoderConfig:
 
 _READERS = {
     **dict.fromkeys(("attention", "alignment", "values", "gate"), ("attention_lstm", "luong")),
+    "query": ("attention_lstm",),
     **dict.fromkeys(("inject", "context"), ("lstm",)),
     "input_feeding": ("luong",),
     **dict.fromkeys(("layers", "norm", "positions", "max_positions"), ("transformer",)),

@@ -33,7 +33,7 @@ LOOKS = [
     *({"attention": "multi_head", "heads": heads, "gate": gate} for heads in (1, 3) for gate in GATES),
 ]
 OWN = {  # what each decoder has of its own, and all values of it
-    "attention_lstm": {},
+    "attention_lstm": {"query": ("state", "state_and_word")},
     "luong": {"input_feeding": (False, True)},
     "transformer": {"norm": NORMS, "positions": POSITIONS, "heads": (1, 2)},
     "lstm": {"inject": INJECTIONS, "context": CONTEXTS},

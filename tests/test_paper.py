@@ -35,7 +35,7 @@ def fill(module: nn.Module, **values: list) -> None:
 A = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]])  # one image, L = 3, D = 2
 
 
-def one_dimensional_decoder() -> AttentionLSTM:
+def one_dimensional_decoder(*, query_word: bool = False) -> AttentionLSTM:
     """n = m = D = 1, V = 5, every weight known."""
     alignment = DotAlignment(query_dim=1, annotation_dim=1, dim=1)
     decoder = AttentionLSTM(
@@ -45,6 +45,7 @@ def one_dimensional_decoder() -> AttentionLSTM:
         annotation_dim=1,
         embedding_dim=1,
         hidden_dim=1,
+        query_word=query_word,
     )
     fill(
         decoder,
@@ -87,6 +88,19 @@ def test_eqs_1_to_3_and_7_one_step_by_hand():
     assert step.alpha[0].tolist() == pytest.approx(alpha, rel=1e-5)
     assert step.beta[0].item() == pytest.approx(sigmoid(h0), rel=1e-5)
     assert (step.state.h.item(), step.state.c.item()) == pytest.approx((h, c), rel=1e-5)
+
+
+def test_a_query_that_has_read_the_word_shifts_the_scores_and_nothing_else():
+    decoder = one_dimensional_decoder(query_word=True)
+    fill(decoder, query_word__weight=[3.0])
+    a = torch.tensor([[[0.2], [0.6]]])
+    memory = decoder.prepare(a)
+    state = decoder.initial_state(memory)
+    step = decoder.step(torch.tensor([START]), state, memory)
+    query = math.tanh(0.4) + 3 * 0.5  # h_0 + W E y_0
+    e = [query * 0.2, query * 0.6]
+    assert step.alpha[0].tolist() == pytest.approx([math.exp(x) / sum(map(math.exp, e)) for x in e], rel=1e-5)
+    assert step.beta[0].item() == pytest.approx(sigmoid(math.tanh(0.4)), rel=1e-5)  # the gate sees h_0 alone
 
 
 def test_the_initial_state_is_two_mlps_of_the_mean_annotation():

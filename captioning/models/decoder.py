@@ -77,6 +77,13 @@ class Decoder(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward")
 
 
+class Reading(NamedTuple):
+    """What a word gives to the step that reads it: its half of the LSTM's gates (eq. 1), and its part of the query."""
+
+    gates: Float[Tensor, "... g"]
+    query: Float[Tensor, "... n"] | None
+
+
 class AttentionLSTM(Decoder):
     """Look with h_{t-1}, read the word and the place, write h_t, speak: Xu et al. (2015), section 3.1.2.
 
@@ -91,6 +98,7 @@ class AttentionLSTM(Decoder):
         embedding_dropout: on E y.
         annotation_dropout: on a.
         tie_embeddings: L_o is E.
+        query_word: attention is asked with h_{t-1} + W E y_{t-1}, not with h_{t-1} alone, which has not read y_{t-1}.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class AttentionLSTM(Decoder):
         embedding_dropout: float = 0.0,
         annotation_dropout: float = 0.0,
         tie_embeddings: bool = False,
+        query_word: bool = False,
     ):
         super().__init__()
         self.attention = attention
@@ -116,6 +125,7 @@ class AttentionLSTM(Decoder):
         self.lstm_word = nn.Linear(embedding_dim, 4 * hidden_dim)
         context_dim = attention.context_dim or annotation_dim
         self.lstm_state = nn.Linear(hidden_dim + context_dim, 4 * hidden_dim, bias=False)
+        self.query_word = nn.Linear(embedding_dim, hidden_dim, bias=False) if query_word else None
         self.L_h = nn.Linear(hidden_dim, embedding_dim)
         self.L_z = nn.Linear(context_dim, embedding_dim, bias=False)
         self.L_o = nn.Linear(embedding_dim, vocabulary_size)
@@ -140,7 +150,8 @@ class AttentionLSTM(Decoder):
 
     def step(self, word: Integer[Tensor, " R"], state: State, memory: Memory) -> Step:
         embedded = self.embedding_dropout(self.E(word))
-        state, z, beta, context = self._recur(self.lstm_word(embedded), state, memory)
+        read = Reading(self.lstm_word(embedded), self._word_query(embedded))
+        state, z, beta, context = self._recur(read, state, memory)
         logits = self._deep_output(state.h, self.L_z(z), embedded)
         return Step(logits, state, context.alpha, beta.mean(dim=-1), context.location)
 
@@ -159,8 +170,8 @@ class AttentionLSTM(Decoder):
         embedded = self.embedding_dropout(self.E(inputs))
         state = self.initial_state(memory, k)
         project = self._projects(memory, mask)
-        # The words' half of eq. 1, for all steps at once.
-        word_gates = (self._gates_of_words(inputs, embedded) if project else self.lstm_word(embedded)).unbind(2)
+        word_gates = self._gates_of_words(inputs, embedded) if project else self.lstm_word(embedded)
+        read = Reading(word_gates, self._word_query(embedded))  # for all steps at once
         w_h = None
         if project:
             w_h, memory = self._project(memory)
@@ -168,9 +179,9 @@ class AttentionLSTM(Decoder):
         states, steps = [state.h], []
         for t, active in enumerate(active_rows(mask)):
             state = State(*(resize(x, rows, active) for x in state))
-            gates = word_gates[t][: active[0], : active[1]].flatten(0, 1)
+            word = Reading(*(None if x is None else x[: active[0], : active[1], t].flatten(0, 1) for x in read))
             forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
-            state, z, beta, context = self._recur(gates, state, memory.first(active[0]), *forced, w_h=w_h)
+            state, z, beta, context = self._recur(word, state, memory.first(active[0]), *forced, w_h=w_h)
             states.append(resize(state.h, active, (n, k)))
             steps.append([None if x is None else resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
             rows = active
@@ -182,26 +193,31 @@ class AttentionLSTM(Decoder):
         betas, states = betas.mean(dim=-1), h[:, :, :-1]
         return Output(logits, targets[mask], mask, alphas, betas, locations, log_probs, entropies, states)
 
+    def _word_query(self, embedded: Float[Tensor, "... m"]) -> Float[Tensor, "... n"] | None:
+        """W E y_{t-1}, if attention is asked with it."""
+        return None if self.query_word is None else self.query_word(embedded)
+
     def _recur(
         self,
-        word_gates: Float[Tensor, "R g"],
+        word: Reading,
         state: State,
         memory: Memory,
         *location: Integer[Tensor, " R"],
         w_h: Float[Tensor, "g n"] | None = None,
     ) -> tuple[State, Float[Tensor, "R z"], Float[Tensor, "R b"], Context]:
-        """Eqs. 1-6 for one word, whose half of the gates is given. Returns the state, z (gated), beta and the look.
+        """Eqs. 1-6 for one word. Returns the state, z (gated), beta and the look.
 
         With w_h the memory is that of `_project`; then L_z z stands in the place of z.
         """
-        context = self.attention(state.h, memory, *location)
+        query = state.h if word.query is None else state.h + word.query
+        context = self.attention(query, memory, *location)
         beta = self.gate(state.h)
         z = beta * context.z
         if w_h is None:
-            gates = word_gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
+            gates = word.gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
         else:
             gates_of_z, z = z.split([len(w_h), z.shape[1] - len(w_h)], dim=-1)
-            gates = word_gates + F.linear(state.h, w_h) + gates_of_z
+            gates = word.gates + F.linear(state.h, w_h) + gates_of_z
         return State(*lstm_cell(gates, state.c)), z, beta, context
 
     def _projects(self, memory: Memory, mask: Bool[Tensor, "N K T"]) -> bool:
@@ -288,4 +304,5 @@ def build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation
         embedding_dropout=config.embedding_dropout,
         annotation_dropout=config.annotation_dropout,
         tie_embeddings=config.tie_embeddings,
+        query_word=config.query == "state_and_word",
     )
