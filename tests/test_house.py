@@ -26,7 +26,7 @@ ORDER = (
     ("models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
     ("rewards",),
-    ("api", "evaluate", "run", "objective", "self_critical", "training"),
+    ("api", "evaluate", "run", "objective", "self_critical", "training", "compare"),
 )
 # These take arrays and strings: all that they may import of the package.
 LEAVES = {

@@ -1,0 +1,254 @@
+"""Systems under one budget: how many steps fit, what is not done twice, and the table."""
+
+import csv
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioning import compare, training
+from captioning.checkpoint import load_checkpoint
+from captioning.compare import COLUMNS, Row, as_csv, as_markdown, main, with_means
+from captioning.data import CaptionData
+from captioning.metrics import score
+from captioning.models.regions import build_region_encoder
+from captioning.models.registry import build_decoder
+from captioning.settings import parse_settings, recipes
+from captioning.vocabulary import START
+
+FAMILY = [name for name in recipes() if name.startswith("family_")]
+COMMON = """
+encoder: {name: resnet18, image_size: 32}
+loss: {lambda_ds: 0.0}
+validation: {diagnose_images: 0, search: {beam_size: 1, max_length: 6}}
+batch_size: 8
+workers: 0
+"""
+SIZES = "embedding_dim: 8, hidden_dim: 8"
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """Two recipes of small systems, one without attention."""
+    (tmp_path / "plain.yaml").write_text(f"decoder: {{name: lstm, inject: init, {SIZES}}}{COMMON}")
+    (tmp_path / "looks.yaml").write_text(f"decoder: {{attention_dim: 4, {SIZES}}}{COMMON}")
+    return [str(tmp_path / "plain.yaml"), str(tmp_path / "looks.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def _without_java(monkeypatch):
+    """METEOR starts a Java machine for every run."""
+    cheap = functools.partial(compare.evaluate, metrics=("BLEU", "CIDEr"), tokenizer="python")
+    monkeypatch.setattr(compare, "evaluate", cheap)
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """Every step takes half a second, so that 0.05 minutes are 6 steps, of which 4 are an epoch."""
+    monkeypatch.setattr(compare, "seconds_per_step", lambda settings: 0.5)
+
+
+@pytest.fixture
+def call(tiny_annotations, paths, tmp_path, capsys):
+    """Calls main; returns the exit code and what it says itself on standard error (training draws a bar there)."""
+
+    def run(*words: object, seeds: tuple[int, ...] = (0, 1), budget: float = 0.05) -> tuple[int, list[str]]:
+        given = ["--data", tiny_annotations, "--recipes", *paths, "--budget", budget, "--seeds", *seeds]
+        code = main([*map(str, [*given, "--output", tmp_path / "out", *words])])
+        return code, [line for line in capsys.readouterr().err.splitlines() if line.startswith("compare: ")]
+
+    return run
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "table.csv").open()))
+
+
+def progress(folder: Path) -> dict:
+    return load_checkpoint(folder / "run" / "last").about["progress"]
+
+
+@pytest.mark.usefixtures("steady")
+def test_every_system_and_seed_is_trained_for_its_steps_scored_and_tabled(call, tiny_annotations, tmp_path):
+    assert call("--beam-size", 2)[0] == 0
+    rows = table(tmp_path / "out")
+    assert [(row["system"], row["seed"]) for row in rows] == [
+        (system, seed) for system in ("plain", "looks") for seed in ("0", "1", "mean")
+    ]
+    for row in rows:
+        assert float(row["steps"]) == 6
+        assert float(row["parameters"]) > 0
+        assert float(row["minutes"]) > 0
+        assert float(row["words/s"]) > 0
+        assert (row["H/ln L"] == "") == (row["system"] == "plain")
+        assert row["METEOR"] == ""  # not asked for here
+    assert 0 < float(rows[3]["H/ln L"]) <= 1
+    # Six steps are an epoch and a half: two validations, and a schedule that ends with the sixth.
+    found = progress(tmp_path / "out" / "looks" / "seed1")
+    assert (found["step"], len(found["history"])) == (6, 2)
+    settings = json.loads((tmp_path / "out" / "looks" / "seed1" / "run" / "settings.json").read_text())
+    assert (settings["max_steps"], settings["epochs"], settings["seed"]) == (6, 2, 1)
+    data = CaptionData(tiny_annotations)
+    checkpoint = load_checkpoint(tmp_path / "out" / "looks" / "seed1" / "run" / "best")
+    decoder = sum(p.numel() for p in checkpoint.model.decoder.parameters())
+    assert float(rows[4]["parameters"]) == decoder  # the encoder is frozen
+    captions = compare.evaluate(checkpoint, data, "val", compare.SearchConfig(beam_size=2))[0]
+    references = {name: data.references(data.names.index(name)) for name in captions}
+    expected = score(
+        {name: caption.text for name, caption in captions.items()}, references, tokenizer="python", metrics=("CIDEr",)
+    ).values
+    assert float(rows[4]["CIDEr"]) == pytest.approx(expected["CIDEr"])
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
+    assert "4 images of val, beam 2, 0.05 minutes of training each" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("steady")
+def test_what_is_finished_is_not_done_again(call, tmp_path, monkeypatch):
+    assert call(seeds=(0,))[0] == 0
+    before = (tmp_path / "out" / "table.csv").read_bytes()
+    monkeypatch.setattr(compare, "train", lambda settings: pytest.fail("it was trained again"))
+    monkeypatch.setattr(compare, "seconds_per_step", lambda settings: pytest.fail("it was measured again"))
+    assert call(seeds=(0,))[0] == 0
+    assert (tmp_path / "out" / "table.csv").read_bytes() == before
+
+
+@pytest.mark.usefixtures("steady")
+def test_an_interrupted_comparison_goes_on_within_the_system(call, tmp_path, monkeypatch):
+    real_step, steps = training.train_step, []
+
+    def step_then_signal(run, batch):
+        result = real_step(run, batch)
+        steps.append(run.progress.step)
+        if len(steps) == 9:  # the third step of the second system
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(training, "train_step", step_then_signal)
+    assert call(seeds=(0,)) == (130, ["compare: stopped; go on with the same command"])
+    assert [row["system"] for row in table(tmp_path / "out")] == ["plain"]
+    assert progress(tmp_path / "out" / "looks" / "seed0")["step"] == 3
+    assert call(seeds=(0,))[0] == 0
+    assert steps == [*range(6), *range(6)]  # no step was made twice
+    assert [row["system"] for row in table(tmp_path / "out")] == ["plain", "looks"]
+
+
+def test_the_time_of_a_step_is_measured_in_a_run_that_leaves_nothing_behind(paths, tiny_annotations, tmp_path):
+    settings = parse_settings(["--config", paths[1], "--data", str(tiny_annotations), "--output", str(tmp_path / "x")])
+    assert 0 < compare.seconds_per_step(settings) < 60
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_budget_below_one_step_is_one_step(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "seconds_per_step", lambda settings: 100.0)
+    assert call(seeds=(0,))[0] == 0
+    assert {row["steps"] for row in table(tmp_path / "out")} == {"1"}
+
+
+@pytest.mark.usefixtures("steady")
+def test_further_options_are_settings_of_all_systems(call, tmp_path):
+    assert call("--batch_size", 16, "--validation.search.max_length=3", seeds=(0,))[0] == 0
+    for system in ("plain", "looks"):
+        settings = json.loads((tmp_path / "out" / system / "seed0" / "run" / "settings.json").read_text())
+        assert (settings["batch_size"], settings["validation"]["search"]["max_length"]) == (16, 3)
+
+
+@pytest.mark.usefixtures("steady")
+def test_another_budget_or_setting_wants_another_folder(call, tmp_path):
+    assert call(seeds=(0,))[0] == 0
+    code, (line,) = call(seeds=(0,), budget=0.1)
+    assert code == 2
+    assert line.startswith(f"compare: {tmp_path / 'out' / 'plain' / 'seed0' / 'plan.json'}: was made with other budget")
+    code, (line,) = call("--batch_size", 16, seeds=(0,))
+    assert code == 2
+    assert "was made with other settings" in line
+
+
+@pytest.mark.usefixtures("steady")
+def test_another_split_or_search_scores_anew_but_trains_nothing(call, tmp_path, monkeypatch):
+    assert call(seeds=(0,))[0] == 0
+    monkeypatch.setattr(training, "train_step", lambda *_: pytest.fail("it was trained again"))
+    assert call("--split", "test", "--beam-size", 1, seeds=(0,))[0] == 0
+    assert "4 images of test, beam 1" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "0"], "--budget must be positive"),
+        (["--limit", "1"], "--limit 0 or at least 2"),
+        (["--recipes", "nothing"], "--config nothing: no such file or recipe; recipes are "),
+        (["--recipes", "family_additive", "family_additive"], "two go by the name 'family_additive'"),
+        (["--decoder.hiden_dim", "8"], "hiden_dim"),
+        (["--beam-size", "0"], "beam_size must be positive"),
+        (["--data", "nowhere.h5"], "nowhere.h5: no such data file"),
+    ],
+)
+def test_a_mistake_is_one_line(words, said, call):
+    code, (line,) = call(*words)
+    assert code == 2
+    assert said in line
+
+
+def row(system: str, seed: str, cider: float, meteor: float | None, entropy: float | None) -> Row:
+    values = dict.fromkeys(COLUMNS, 1234.0) | {"CIDEr": cider, "METEOR": meteor, "H/ln L": entropy}
+    return Row(system, seed, values)
+
+
+def test_means_are_over_the_seeds_of_a_system():
+    rows = with_means([row("a", "0", 0.25, 0.5, None), row("b", "0", 9.0, None, 0.5), row("a", "1", 0.75, None, None)])
+    assert [(r.system, r.seed) for r in rows] == [("a", "0"), ("a", "1"), ("a", "mean"), ("b", "0")]
+    mean = rows[2].values
+    assert (mean["CIDEr"], mean["METEOR"], mean["H/ln L"], mean["steps"]) == (0.5, 0.5, None, 1234.0)
+
+
+def test_the_table_says_a_dash_or_nothing_where_there_is_no_number():
+    rows = [row("a", "0", 0.25, None, 0.875)]
+    assert as_csv(rows).splitlines() == [
+        "system,seed,parameters,steps,minutes,words/s,BLEU-4,METEOR,CIDEr,H/ln L",
+        "a,0,1234.0,1234.0,1234.0,1234.0,1234.0,,0.25,0.875",
+    ]
+    assert as_markdown(rows, ["So it was."]).splitlines()[2:] == [
+        "| a | 0 | 1,234 | 1,234 | 1234.0 | 1,234 | 1234.0000 | - | 0.2500 | 0.875 |",
+        "",
+        "So it was.",
+    ]
+
+
+def test_the_plot_has_a_bar_per_system_and_a_dot_per_seed():
+    rows = with_means(
+        [row("a", "0", 0.25, None, None), row("a", "1", 0.75, None, None), row("b", "0", 0.5, None, None)]
+    )
+    (axes,) = compare.draw(rows, "title").axes
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.5]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0.25, 0.75], [0.5]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_the_family_differs_in_the_system_alone():
+    assert len(FAMILY) == 13
+    parsed = [parse_settings(["--config", name, "--data", "d.h5", "--output", "runs/x"]) for name in FAMILY]
+    assert len({(s.region_encoder, s.decoder) for s in parsed}) == 13
+    for settings in parsed:
+        own = settings.decoder.name == "transformer"
+        assert settings.optimizer.learning_rate == (0.0005 if own else 0.001)
+        assert settings.decoder.dropout == (0.1 if own else 0.4)
+        same = {"region_encoder", "decoder", "optimizer"}
+        assert {k: v for k, v in vars(settings).items() if k not in same} == {
+            k: v for k, v in vars(parsed[0]).items() if k not in same
+        }
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_family_recipe_fits_the_stored_features(name):
+    settings = parse_settings(["--config", name, "--data", "d.h5", "--output", "runs/x"])
+    with torch.no_grad():
+        regions = build_region_encoder(settings.region_encoder, annotation_dim=1280, grid=(7, 7))
+        decoder = build_decoder(settings.decoder, vocabulary_size=2543, annotation_dim=regions.dim)
+        memory = decoder.prepare(regions(torch.rand(2, 49, 1280)))
+        step = decoder.step(torch.full((6,), START), decoder.initial_state(memory, 3), memory)
+    assert step.logits.shape == (6, 2543)
+    assert (step.alpha is not None) == decoder.attends
