@@ -83,6 +83,11 @@ class Reading(NamedTuple):
     gates: Float[Tensor, "... g"]
     query: Float[Tensor, "... n"] | None
 
+    def at(self, t: int, rows: tuple[int, int]) -> "Reading":
+        """That of word t alone, for a corner (images, captions) of the batch."""
+        gates, query = (None if x is None else x[: rows[0], : rows[1], t].flatten(0, 1) for x in self)
+        return Reading(cast(Tensor, gates), query)
+
 
 class AttentionLSTM(Decoder):
     """Look with h_{t-1}, read the word and the place, write h_t, speak: Xu et al. (2015), section 3.1.2.
@@ -179,7 +184,7 @@ class AttentionLSTM(Decoder):
         states, steps = [state.h], []
         for t, active in enumerate(active_rows(mask)):
             state = State(*(resize(x, rows, active) for x in state))
-            word = Reading(*(None if x is None else x[: active[0], : active[1], t].flatten(0, 1) for x in read))
+            word = read.at(t, active)
             forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
             state, z, beta, context = self._recur(word, state, memory.first(active[0]), *forced, w_h=w_h)
             states.append(resize(state.h, active, (n, k)))
