@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from captioning.models import alignment
+from captioning.models import additive
 from captioning.models.alignment import AdditiveAlignment
 
 
-def additive(scale: float = 1.0) -> tuple[AdditiveAlignment, torch.Tensor, torch.Tensor]:
+def example(scale: float = 1.0) -> tuple[AdditiveAlignment, torch.Tensor, torch.Tensor]:
     """An alignment with three images of two queries and five locations."""
     torch.manual_seed(0)
     module = AdditiveAlignment(query_dim=3, annotation_dim=4, dim=6).double()
@@ -22,8 +22,8 @@ def plain(module: AdditiveAlignment, query: torch.Tensor, a: torch.Tensor) -> to
 @pytest.mark.parametrize("block", [1, 60, 2**19])  # one image, one image, and all three at a time
 @pytest.mark.parametrize("scale", [1.0, 1e3])  # at 1e3 most are 1 or -1, and an uncut exp(2x) infinite
 def test_additive_scores_and_gradients_are_those_of_the_tanh(monkeypatch, block, scale):
-    monkeypatch.setattr(alignment, "BLOCK", block)
-    module, query, a = additive(scale)
+    monkeypatch.setattr(additive, "BLOCK", block)
+    module, query, a = example(scale)
     leaves = [query.requires_grad_(), a.requires_grad_(), *module.parameters()]
     weights = torch.randn(3, 2, 5).double()
     scores = [module(query, module.keys(a)), plain(module, query, a)]
@@ -34,14 +34,14 @@ def test_additive_scores_and_gradients_are_those_of_the_tanh(monkeypatch, block,
 
 
 def test_saturated_additive_scores_have_finite_gradients():
-    module, query, a = (x.float() for x in additive(1e3))
+    module, query, a = (x.float() for x in example(1e3))
     leaves = [query.requires_grad_(), a.requires_grad_(), *module.parameters()]
     gradients = torch.autograd.grad(module(query, module.keys(a)).sum(), leaves)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_the_gradient_of_additive_scores_is_the_derivative():
-    module, query, a = additive()
+    module, query, a = example()
     assert torch.autograd.gradcheck(
         lambda q, x, *_: module(q, module.keys(x)),
         (query.requires_grad_(), a.requires_grad_(), *module.parameters()),
@@ -49,7 +49,7 @@ def test_the_gradient_of_additive_scores_is_the_derivative():
 
 
 def test_bf16_matrix_products_leave_the_scores_in_fp32():
-    module, query, a = (x.float() for x in additive())
+    module, query, a = (x.float() for x in example())
     with torch.autocast("cpu", torch.bfloat16):
         scores = module(query, module.keys(a))
     assert scores.dtype == torch.float32

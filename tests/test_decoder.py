@@ -104,6 +104,22 @@ def test_forward_equals_repeated_step(config):
 
 
 @every_variant
+def test_gradients_of_forward_equal_those_of_repeated_step(config):
+    decoder = build(config).eval()
+    a, words = batch()
+    leaves = [a.requires_grad_(), *decoder.parameters()]
+    whole = decoder(a, words).logits.logsumexp(dim=-1).sum()
+    memory = decoder.prepare(a)
+    state, stepwise = decoder.initial_state(memory, 3), a.new_zeros(())
+    for t in range(words.shape[-1] - 1):
+        step = decoder.step(words[..., t].flatten(), state, memory)
+        state = step.state
+        stepwise = stepwise + step.logits.logsumexp(dim=-1)[words[..., t + 1].flatten() != PAD].sum()
+    gradients = [torch.autograd.grad(x, leaves, materialize_grads=True) for x in (whole, stepwise)]
+    torch.testing.assert_close(*gradients)
+
+
+@every_variant
 def test_padding_and_neighbours_change_nothing(config):
     decoder = build(config).eval()
     a, words = batch()

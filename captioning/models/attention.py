@@ -1,9 +1,9 @@
 """From scores to a context vector: phi of Xu et al. (2015), eq. 6, and the gate beta of section 4.2.1."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
 from captioning.models.alignment import ALIGNMENTS, Alignment
+from captioning.models.late import autocast
 from captioning.models.multihead import KeysValues, MultiHead
 
 
 class Memory(NamedTuple):
-    """What depends on the image alone; N images. `expected`: hard attention takes the mean context there (its coin)."""
+    """What depends on the image alone; N images. `keys` are their alignment's, mostly (N, L, k).
+
+    `expected`: hard attention takes the mean context there (its coin).
+    """
 
     a: Float[Tensor, "N L D"]
-    keys: Float[Tensor, "N ... L k"]
+    keys: Any
     values: Float[Tensor, "N ... L v"]
     expected: Bool[Tensor, " N"] | None = None
 
@@ -59,6 +63,10 @@ class Attention(nn.Module):
         """The memory of N images."""
         raise TypeError(f"{type(self).__name__} must define prepare")
 
+    def by_step(self, memory: Memory, corners: Sequence[tuple[int, int]]) -> list[Memory]:
+        """The memory for each step of a recurrence that has queries for the first (images, captions) of `corners`."""
+        return [memory.first(n) for n, _ in corners]
+
     def forward(self, query: Float[Tensor, "R n"], memory: Memory) -> Context:
         """Attend."""
         raise TypeError(f"{type(self).__name__} must define forward")
@@ -87,8 +95,12 @@ class ScoredAttention(Attention):
         self.context_dim = None if value is None else value.out_features
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
-        a = _autocast(a)
+        a = autocast(a)
         return Memory(a=a, keys=self.alignment.keys(a), values=a if self.value is None else self.value(a))
+
+    def by_step(self, memory: Memory, corners: Sequence[tuple[int, int]]) -> list[Memory]:
+        keys = self.alignment.by_step(memory.keys, corners)
+        return [memory.first(n)._replace(keys=part) for (n, _), part in zip(corners, keys, strict=True)]
 
     def mix(self, alpha: Float[Tensor, "N K L"], memory: Memory) -> Float[Tensor, "N K v"]:
         return torch.bmm(alpha.to(memory.values.dtype), memory.values)
@@ -120,7 +132,7 @@ class MultiHeadAttention(Attention):
         self.single = multihead.heads == 1
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
-        a = _autocast(a)
+        a = autocast(a)
         keys, values = self.multihead.project(a)
         return Memory(a=a, keys=keys, values=values)
 
@@ -207,12 +219,6 @@ def _gather(location: Integer[Tensor, " R"], memory: Memory) -> Float[Tensor, "R
     n, places = memory.values.shape[:2]
     first = torch.arange(n, device=location.device).repeat_interleave(len(location) // n) * places
     return memory.values.flatten(0, 1).index_select(0, first + location)
-
-
-def _autocast(a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
-    """In the type of autocast's products, if it is on: cast once, not once per word."""
-    kind = a.device.type
-    return a.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else a
 
 
 def is_hard(module: nn.Module) -> bool:

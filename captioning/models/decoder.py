@@ -1,6 +1,6 @@
 """The Decoder contract, and the paper's attention LSTM: Xu et al. (2015), eqs. 1-3 and 7."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
 from captioning.models.attention import Attention, Context, Memory, build_attention, build_gate
+from captioning.models.late import LateLinear
 from captioning.vocabulary import PAD
 
 
@@ -78,15 +79,13 @@ class Decoder(nn.Module):
 
 
 class Reading(NamedTuple):
-    """What a word gives to the step that reads it: its half of the LSTM's gates (eq. 1), and its part of the query."""
+    """What a word gives to the step that reads it: its part of the query, and its half of the LSTM's gates (eq. 1).
 
-    gates: Float[Tensor, "... g"]
-    query: Float[Tensor, "... n"] | None
+    `gates` adds that half to the product of the state's half and what it is called with.
+    """
 
-    def at(self, t: int, rows: tuple[int, int]) -> "Reading":
-        """That of word t alone, for a corner (images, captions) of the batch."""
-        gates, query = (None if x is None else x[: rows[0], : rows[1], t].flatten(0, 1) for x in self)
-        return Reading(cast(Tensor, gates), query)
+    gates: Callable[[Tensor], Tensor]
+    query: Float[Tensor, "R n"] | None
 
 
 class AttentionLSTM(Decoder):
@@ -155,7 +154,8 @@ class AttentionLSTM(Decoder):
 
     def step(self, word: Integer[Tensor, " R"], state: State, memory: Memory) -> Step:
         embedded = self.embedding_dropout(self.E(word))
-        read = Reading(self.lstm_word(embedded), self._word_query(embedded))
+        word_gates = self.lstm_word(embedded)
+        read = Reading(lambda x: word_gates + self.lstm_state(x), self._word_query(embedded))
         state, z, beta, context = self._recur(read, state, memory)
         logits = self._deep_output(state.h, self.L_z(z), embedded)
         return Step(logits, state, context.alpha, beta.mean(dim=-1), context.location)
@@ -176,17 +176,20 @@ class AttentionLSTM(Decoder):
         state = self.initial_state(memory, k)
         project = self._projects(memory, mask)
         word_gates = self._gates_of_words(inputs, embedded) if project else self.lstm_word(embedded)
-        read = Reading(word_gates, self._word_query(embedded))  # for all steps at once
-        w_h = None
+        word_query = self._word_query(embedded)  # both for all steps at once
+        weight = self.lstm_state.weight
         if project:
-            w_h, memory = self._project(memory)
+            weight, memory = self._project(memory)
+        corners = active_rows(mask)
+        gates = LateLinear(weight, _by_step(word_gates, corners))
+        queries = [None] * len(corners) if word_query is None else _by_step(word_query, corners)
         rows = (n, k)
         states, steps = [state.h], []
-        for t, active in enumerate(active_rows(mask)):
+        for t, (active, part) in enumerate(zip(corners, self.attention.by_step(memory, corners), strict=True)):
             state = State(*(resize(x, rows, active) for x in state))
-            word = read.at(t, active)
             forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
-            state, z, beta, context = self._recur(word, state, memory.first(active[0]), *forced, w_h=w_h)
+            word = Reading(gates, queries[t])
+            state, z, beta, context = self._recur(word, state, part, *forced, projected=project)
             states.append(resize(state.h, active, (n, k)))
             steps.append([None if x is None else resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
             rows = active
@@ -208,21 +211,21 @@ class AttentionLSTM(Decoder):
         state: State,
         memory: Memory,
         *location: Integer[Tensor, " R"],
-        w_h: Float[Tensor, "g n"] | None = None,
+        projected: bool = False,
     ) -> tuple[State, Float[Tensor, "R z"], Float[Tensor, "R b"], Context]:
         """Eqs. 1-6 for one word. Returns the state, z (gated), beta and the look.
 
-        With w_h the memory is that of `_project`; then L_z z stands in the place of z.
+        With `projected` the memory is that of `_project`; then L_z z stands in the place of z.
         """
         query = state.h if word.query is None else state.h + word.query
         context = self.attention(query, memory, *location)
         beta = self.gate(state.h)
         z = beta * context.z
-        if w_h is None:
-            gates = word.gates + self.lstm_state(torch.cat([state.h, z], dim=-1))
+        if projected:
+            gates_of_z, z = z.split([4 * state.h.shape[1], self.L_z.out_features], dim=-1)
+            gates = word.gates(state.h) + gates_of_z
         else:
-            gates_of_z, z = z.split([len(w_h), z.shape[1] - len(w_h)], dim=-1)
-            gates = word.gates + F.linear(state.h, w_h) + gates_of_z
+            gates = word.gates(torch.cat([state.h.to(z.dtype), z], dim=-1))
         return State(*lstm_cell(gates, state.c)), z, beta, context
 
     def _projects(self, memory: Memory, mask: Bool[Tensor, "N K T"]) -> bool:
@@ -275,6 +278,11 @@ def active_rows(mask: Bool[Tensor, "N K T"]) -> list[tuple[int, int]]:
     captions = mask.any(dim=0) * torch.arange(1, mask.shape[1] + 1, device=mask.device).unsqueeze(1)
     corners = torch.stack([images.amax(dim=0), captions.amax(dim=0)], dim=1).clamp(min=1)
     return [(int(n), int(k)) for n, k in corners.tolist()]
+
+
+def _by_step(x: Float[Tensor, "N K T q"], corners: Sequence[tuple[int, int]]) -> list[Float[Tensor, "_ q"]]:
+    """The active rows of every step."""
+    return [step[:n, :k].flatten(0, 1) for step, (n, k) in zip(x.unbind(2), corners, strict=True)]
 
 
 def resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

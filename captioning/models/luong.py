@@ -157,11 +157,12 @@ class LuongDecoder(Decoder):
         """The same, looking word by word, since each look enters the next step."""
         rows = active = (mask.shape[0], mask.shape[1])
         state, steps = self.initial_state(memory, rows[1]), []
-        for t, now in enumerate(active_rows(mask)):
+        corners = active_rows(mask)
+        for t, (now, part) in enumerate(zip(corners, self.attention.by_step(memory, corners), strict=True)):
             state = LuongState(*(resize(x, active, now) for x in state))
             h, c = self._write(word_gates[: now[0], : now[1], t].flatten(0, 1), state)
             forced = () if locations is None else (locations[: now[0], : now[1], t].flatten(),)
-            spoken, beta, context = self._look(h, memory.first(now[0]), *forced)
+            spoken, beta, context = self._look(h, part, *forced)
             steps.append([None if x is None else resize(x, now, rows) for x in (h, spoken, beta, *context[1:])])
             state, active = LuongState(h, c, spoken), now
         return [stack_steps(x, rows) for x in zip(*steps, strict=True)]

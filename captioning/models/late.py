@@ -1,0 +1,53 @@
+"""What a recurrence need not do at every step: casts, before its first, and gradients, after its last."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Cast once, not once per word, to the type that matrix products have here."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class LateLinear:
+    """y_t = b_t + W x_t for the steps t of a recurrence, whose b_t are all there before the first.
+
+    The gradient of W is sum_t g_t x_t', where g_t is that of y_t, which is also that of b_t. So it is made where b
+    comes from, as one product of all steps: at every step it would cost a pass over the memory of W.
+
+    Args:
+        weight: W.
+        offsets: b_t of every step, R_t rows each; all of these steps must be made.
+    """
+
+    def __init__(self, weight: Float[Tensor, "q p"], offsets: Sequence[Float[Tensor, "_ q"]]):
+        self._inputs: list[Tensor] = []
+        self._offsets = _LateGradient.apply(self._inputs, weight, *offsets)
+        self._weight = autocast(weight.detach())
+
+    def __call__(self, x: Float[Tensor, "R p"]) -> Float[Tensor, "R q"]:
+        """The next step."""
+        x = x.to(self._weight.dtype)
+        self._inputs.append(x.detach())
+        return self._offsets[len(self._inputs) - 1] + F.linear(x, self._weight)
+
+
+class _LateGradient(torch.autograd.Function):
+    """The offsets as they are. On the way back, their gradients and the inputs give the weight's."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: list[Tensor], weight: Tensor, *offsets: Tensor) -> tuple[Tensor, ...]:
+        ctx.inputs, ctx.dtype = inputs, weight.dtype
+        return tuple(x.view_as(x) for x in offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x = torch.cat(ctx.inputs)
+        weight = torch.cat(grads).to(x.dtype).t() @ x
+        return None, weight.to(ctx.dtype), *grads
