@@ -172,7 +172,7 @@ def _roll_out(
     for _ in range(config.max_length + 1):
         step = decoder.step(words, state, memory)
         log_p = step.logits.log_softmax(dim=-1)
-        words = choose(log_p.masked_fill(_forbidden(log_p, history, config), -torch.inf))
+        words = choose(_forbid(log_p, history, config))
         spent = log_p.gather(-1, words.unsqueeze(-1)).view(n, k)
         traces.append(_Trace(same, words.view(n, k), spent, same, *_looks(step, n)))
         state, history = step.state, torch.cat([history, words.unsqueeze(-1)], dim=-1)
@@ -217,16 +217,16 @@ def beam_search(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfi
     done = [False] * n
     for t in range(config.max_length + 1):
         step = decoder.step(words, state, memory)
-        log_p = step.logits.log_softmax(dim=-1).to(totals.dtype)
-        allowed = log_p.masked_fill(_forbidden(log_p, history, config), -torch.inf).unflatten(0, (n, width))
+        log_p = _forbid(step.logits.log_softmax(dim=-1), history, config).to(totals.dtype)
         # At most `width` candidates end, so that twice as many hold enough others to keep the beam full.
-        candidates = (totals.unsqueeze(-1) + allowed).flatten(1)
-        best, index = candidates.topk(min(2 * width, candidates.shape[1]), dim=-1)
-        parents, chosen = index // log_p.shape[-1], index % log_p.shape[-1]
+        likely, ids = log_p.topk(min(2 * width, log_p.shape[-1]), dim=-1)
+        candidates = totals.unsqueeze(-1) + likely.unflatten(0, (n, width))
+        best, index = candidates.flatten(1).topk(min(2 * width, candidates[0].numel()), dim=-1)
+        parents, chosen = index // likely.shape[-1], ids.view(n, -1).gather(1, index)
         if t < config.max_length:
             totals, slots = best.masked_fill(chosen == END, -torch.inf).topk(width, dim=-1)
         rows = first_row + parents
-        traces.append(_Trace(parents, chosen, log_p[rows, chosen], slots, *_looks(step, n)))
+        traces.append(_Trace(parents, chosen, likely.view(n, -1).gather(1, index), slots, *_looks(step, n)))
         _collect(finished, done, best, traces[-1], t, config)
         _mark_done(finished, done, totals, config)
         if all(done):
@@ -287,20 +287,18 @@ def _rank(total: float, length: int, config: SearchConfig) -> float:
     return total / length**config.length_penalty
 
 
-def _forbidden(
+def _forbid(
     log_p: Float[Tensor, "R V"], history: Integer[Tensor, "R t"], config: SearchConfig
-) -> Bool[Tensor, "R V"]:
-    """Words that may not come next: the special ones, and those that would repeat an n-gram of the row's history."""
-    forbidden = torch.zeros_like(log_p, dtype=torch.bool)
-    forbidden[:, NEVER] = True
+) -> Float[Tensor, "R V"]:
+    """In place: the special words become impossible, and those that would repeat an n-gram of the row's history."""
+    log_p[:, NEVER] = -torch.inf
     n, t = config.no_repeat_ngram, history.shape[1]
     if 0 < n <= t:
         ngrams = history.unfold(1, n, 1)
         last = history[:, t - n + 1 :]
-        repeats = (ngrams[..., :-1] == last.unsqueeze(1)).all(dim=-1)
-        counts = torch.zeros_like(log_p).scatter_add(1, ngrams[..., -1], repeats.to(log_p.dtype))
-        forbidden |= counts > 0
-    return forbidden
+        row, place = (ngrams[..., :-1] == last.unsqueeze(1)).all(dim=-1).nonzero(as_tuple=True)
+        log_p[row, ngrams[row, place, -1]] = -torch.inf
+    return log_p
 
 
 def _looks(step: Step, images: int) -> Iterator[Any]:
