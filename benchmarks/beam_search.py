@@ -26,9 +26,7 @@ def endless_decoder(sizes: Sizes) -> AttentionLSTM:
     return decoder
 
 
-def run(
-    decoder: AttentionLSTM, a: torch.Tensor, config: SearchConfig, *, dtype: torch.dtype
-) -> list[list[Hypothesis]]:
+def run(decoder: AttentionLSTM, a: torch.Tensor, config: SearchConfig, *, dtype: torch.dtype) -> list[list[Hypothesis]]:
     """Search, with matrix products of that type."""
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         return search(decoder, a, config)

@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [  # 7 images with 5 captions stand for the 32 captions of the first case: words per second are scaled
         ("one caption per image", Sizes(chosen.images, 1, *shared), 6.0),
         ("five captions per image", Sizes(-(-chosen.images // 5), 5, *shared), 10.0),
-        ("sizes of shapes_soft", Sizes(16 * chosen.images // 32, 5, 256, 64, 128, 64, 40), None),
+        ("sizes of shapes_soft", Sizes(max(chosen.images // 2, 1), 5, 256, 64, 128, 64, 40), None),
     ]
     machine = measure(repeats=max(chosen.repeats, 2), size=chosen.product, megabytes=max(chosen.product // 8, 1))
     lines = []

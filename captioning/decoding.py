@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from captioning.config import SearchConfig
@@ -287,9 +287,7 @@ def _rank(total: float, length: int, config: SearchConfig) -> float:
     return total / length**config.length_penalty
 
 
-def _forbid(
-    log_p: Float[Tensor, "R V"], history: Integer[Tensor, "R t"], config: SearchConfig
-) -> Float[Tensor, "R V"]:
+def _forbid(log_p: Float[Tensor, "R V"], history: Integer[Tensor, "R t"], config: SearchConfig) -> Float[Tensor, "R V"]:
     """In place: the special words become impossible, and those that would repeat an n-gram of the row's history."""
     log_p[:, NEVER] = -torch.inf
     n, t = config.no_repeat_ngram, history.shape[1]

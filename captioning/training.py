@@ -64,12 +64,16 @@ def train(settings: Settings) -> Path:
     return output / "best"
 
 
-def train_epoch(run: Run, stop: dict[str, bool]) -> None:
-    """The rest of the current epoch, step by step."""
+def train_epoch(run: Run, stop: dict[str, bool]) -> float:
+    """The rest of the current epoch, step by step.
+
+    Returns:
+        The share of its time that was spent waiting for data.
+    """
     settings, progress, accelerator = run.settings, run.progress, run.accelerator
     batches = plan(settings, run.data, epoch=progress.epoch)[progress.batch :]
     if not batches:  # resumed between the last step of an epoch and its validation
-        return
+        return 0.0
     mine = shard(batches, accelerator.process_index, accelerator.num_processes)
     dataset = CaptionDataset(run.data, image_size=run.encoder.image_size, augment=settings.augment)
     loader = load_batches(
@@ -117,6 +121,7 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> None:
         f"epoch {progress.epoch + 1}: {means}, {words_seen / elapsed:,.0f} words/s, "
         f"{elapsed:.0f} s, {waited / elapsed:.1%} of it waiting for data",
     )
+    return waited / elapsed
 
 
 def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:

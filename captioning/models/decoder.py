@@ -81,7 +81,7 @@ class Decoder(nn.Module):
 class Reading(NamedTuple):
     """What a word gives to the step that reads it: its part of the query, and its half of the LSTM's gates (eq. 1).
 
-    `gates` adds that half to the product of the state's half and what it is called with.
+    `gates` multiplies [h; z] (of `_project`: h alone) by its matrix, and adds the word's half.
     """
 
     gates: Callable[[Tensor], Tensor]

@@ -1,0 +1,94 @@
+"""The benchmarks at toy sizes: they run and print their tables, and the comparison is fair. No time is judged."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from benchmarks.report import Line, table
+from benchmarks.roofline import Machine, Phase
+from benchmarks.train_step import Sizes, as_ports_batch, build_pair, make_batch, necessary, ours_loss
+from captioning.vocabulary import END, PAD, START
+
+TOY = ["--locations", "4", "--annotation-dim", "8", "--dim", "4", "--vocabulary", "20", "--repeats", "1"]
+COMMANDS = {
+    "train_step": ["--images", "2", "--product", "8", *TOY],
+    "beam_search": ["--images", "2", "--product", "8", "--words", "3", *TOY],
+    "preprocess": ["--count", "3", "--image-size", "64", "--batch-size", "2", "--repeats", "1", "--workers", "0"],
+    "epoch": ["--count", "12", "--steps", "1", "--decoder.hidden_dim", "8", "--batch_size", "4"],
+}
+SIZES = Sizes(images=3, captions=2, locations=5, annotation_dim=6, dim=4, attention_dim=7, vocabulary=30)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("markdown", [False, True])
+def test_a_benchmark_prints_figures_ratios_limits_and_goals(name, markdown, capsys):
+    if markdown and name == "epoch":
+        pytest.skip("its data take long to make; the table is the others'")
+    main = importlib.import_module(f"benchmarks.{name}").main
+    assert main([*COMMANDS[name], *(["--markdown"] if markdown else [])]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("figure", "ratio", "limit", "goal", "met?", "torch 2"))
+    assert printed.splitlines()[-3].startswith("| ") == markdown
+
+
+def test_the_plain_decoder_with_our_weights_has_our_loss_and_gradients():
+    ours, plain = (module.double() for module in build_pair(SIZES, dropout=0.0))
+    plain.copy_weights(ours)
+    a, words = make_batch(SIZES)
+    a = a.double()
+    losses = ours_loss(ours, a, words), plain.loss(*as_ports_batch(a, words))
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, m.L_o.weight)[0] for loss, m in zip(losses, (ours, plain), strict=True)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_batch_has_captions_of_the_asked_lengths_the_longest_first():
+    sizes = SIZES._replace(images=40, captions=5)
+    _, words = make_batch(sizes)
+    lengths = (words[..., 1:] != PAD).sum(dim=-1)
+    assert (lengths.min(), lengths.max()) == (sizes.shortest, sizes.longest)
+    assert (words[..., 0] == START).all()
+    assert ((words == END).sum(dim=-1) == 1).all()
+    assert (lengths.diff(dim=1) <= 0).all()
+    assert (lengths[:, 0].diff() <= 0).all()
+
+
+def test_the_necessary_work_by_hand():
+    # One image with one caption of 2 words, L = 3, D = 5, n = m = k = 2, V = 7, in fp32, 11 parameters.
+    sizes = Sizes(1, 1, 3, 5, 2, 2, 7)
+    words = torch.tensor([[[START, 6, END]]])
+    phases = {phase.name.split(",")[0].split(":")[0]: phase for phase in necessary(sizes, words, 11, torch.float32)}
+    assert phases["keys"].operations == 2 * (2 * 3 * 5 * 2)  # (3, 5) by (5, 2), forward and for the weights
+    assert phases["annotations read"].bytes == 2 * 3 * 5 * 4
+    assert phases["logits"].operations == 3 * (2 * 2 * 2 * 7)  # (2, 2) by (2, 7), three times
+    state = (2 + 5) * 8 + 2 * (2 + 1)  # gates from h and z; query and beta from h
+    assert phases["recurrence"].operations == 2 * (2 * 2 * state)  # 2 words, forward and back
+    assert phases["gradient of its weights"].operations == 2 * 2 * state
+    assert phases["context"].bytes == 2 * 2 * 3 * 5 * 4  # 2 steps, forward and back
+    assert phases["clipping and AdamW"].bytes == 8 * 11 * 4
+
+
+def test_a_phase_costs_the_larger_of_its_products_and_its_memory():
+    machine = Machine({torch.float32: 10.0, torch.bfloat16: 20.0}, bandwidth=5.0)
+    phases = [Phase("products", 100, 5), Phase("memory", 10, 50)]
+    assert machine.seconds(phases, torch.float32) == 10 + 10
+    assert machine.seconds(phases, torch.bfloat16) == 5 + 10
+
+
+@pytest.mark.parametrize(
+    ("sign", "ratio", "verdict"),
+    [(">=", 6.0, "met"), (">=", 5.9, "not met"), ("<=", 1.6, "met"), ("<=", 1.7, "not met")],
+)
+def test_a_goal_is_met_or_not_met(sign, ratio, verdict):
+    line = Line("step", "1 words/s", ratio, "x", "2 words/s", (sign, 6.0 if sign == ">=" else 1.6))
+    assert line.cells()[-1] == verdict
+    assert Line("step", "1 words/s").cells() == ["step", "1 words/s", "-", "-", "-", "-"]
+
+
+def test_a_table_is_aligned_text_or_markdown():
+    lines = [Line("a", "1"), Line("longer", "2", math.pi, "x", "3", ("<=", 4.0))]
+    text = table(lines).splitlines()
+    assert [row.index(figure) for row, figure in zip(text, ("figure", "1", "2"), strict=True)] == [8, 8, 8]
+    assert table(lines, markdown=True).splitlines()[-1] == "| longer | 2 | 3.14 x | 3 | <= 4 | met |"
