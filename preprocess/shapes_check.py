@@ -1,6 +1,6 @@
 """Whether captions of the made world are true of their pictures, and whether attention lies on what is named.
 
-python -m preprocess.shapes_check --checkpoint runs/shapes/best --data shapes.h5 --split val
+python -m preprocess.shapes_check --checkpoint runs/shapes/best --data shapes.h5 --split val [--location sample]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint, read_json
-from captioning.config import SearchConfig
+from captioning.config import LOCATIONS, SearchConfig
 from captioning.data import SPLITS, CaptionData
 from captioning.evaluate import SplitCaption, caption_split
 from preprocess.shapes import Scene, scene_from_dict
@@ -35,7 +35,8 @@ class Report:
         nouns: words of true sentences that name things.
         mass: mean share of the attention at these words that lies on the named things' masks.
         area: mean share of the picture that those masks cover; what uniform attention would give.
-        hits: share of these words whose most attended cell touches the named things.
+        hits: share of these words at which the cell that was looked at touches the named things: the sampled or
+            likeliest one of hard attention, the most attended one of soft.
     """
 
     sentences: int
@@ -80,7 +81,9 @@ def check(captions: dict[str, SplitCaption], grid: tuple[int, int], instances: d
         for mention in mentions(statement, scene):
             mask = np.any([masks[images[name]["id"]][thing] for thing in mention.things], axis=0)
             alpha = alphas[mention.word].float().cpu().numpy().reshape(grid)
-            looks.append((*mass_and_area(alpha, mask), _touches(alpha, mask)))
+            places = caption.hypothesis.locations
+            place = int(alpha.argmax()) if places is None else int(places[mention.word])
+            looks.append((*mass_and_area(alpha, mask), _touches(place, grid, mask)))
     mass, area, hits = np.mean(looks, axis=0).tolist() if looks else (None, None, None)
     return Report(len(captions), parsed, true, len(looks), mass, area, hits)
 
@@ -96,9 +99,9 @@ def mass_and_area(alpha: NDArray[np.floating], mask: NDArray[np.bool_]) -> tuple
     return float((alpha * covered).sum()), float(mask.mean())
 
 
-def _touches(alpha: NDArray[np.floating], mask: NDArray[np.bool_]) -> bool:
-    peak = np.zeros_like(alpha)
-    peak.flat[alpha.argmax()] = 1.0
+def _touches(place: int, grid: tuple[int, int], mask: NDArray[np.bool_]) -> bool:
+    peak = np.zeros(grid)
+    peak.flat[place] = 1.0
     return mass_and_area(peak, mask)[0] > 0
 
 
@@ -109,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="made by python -m preprocess shapes")
     parser.add_argument("--split", choices=SPLITS, default="val")
     parser.add_argument("--beam-size", type=int, default=3)
+    parser.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
     parser.add_argument("--show", type=int, default=3, help="false sentences to print")
     options = parser.parse_args(arguments)
     try:
@@ -118,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{options.data}: its {data.image_shape[0]} pixels are no multiple of the attention's grid"
             )
         instances = read_json(options.data.with_suffix(".instances.json"))
-        search = SearchConfig(beam_size=options.beam_size)
+        search = SearchConfig(beam_size=options.beam_size, location=options.location)
         indices = data.indices(options.split).tolist()
         captions = caption_split(checkpoint.model, data, indices, checkpoint.vocabulary, search)
         report = check(captions, checkpoint.model.encoder.grid, instances)
@@ -131,9 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.ratio is not None:
         print(
             f"{report.nouns} nouns: {report.mass:.1%} of the attention on the named things, which cover "
-            f"{report.area:.1%}: {report.ratio:.2f} times; the peak touches them at {report.hits:.1%}"
+            f"{report.area:.1%}: {report.ratio:.2f} times; the cell looked at touches them at {report.hits:.1%}"
         )
-    print(json.dumps({**asdict(report), "ratio": report.ratio, "split": options.split, "beam_size": options.beam_size}))
+    asked = {name: getattr(options, name) for name in ("split", "beam_size", "location")}
+    print(json.dumps({**asdict(report), "ratio": report.ratio, **asked}))
     return 0
 
 

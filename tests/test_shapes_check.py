@@ -1,0 +1,63 @@
+"""Whether captions of the made world are checked rightly: truth, the attention's mass, the cell looked at."""
+
+import pytest
+import torch
+
+from captioning.decoding import Hypothesis
+from captioning.evaluate import SplitCaption
+from preprocess.shapes import Scene, Thing, instances
+from preprocess.shapes_check import check, false_ones
+
+SIZE, GRID = 32, (2, 2)
+# A large square of half a side 0.18 / sqrt 2 around (0.25, 0.25) lies in the first of four cells.
+SCENE = Scene((Thing("square", "red", "large", 0.25, 0.25, 0.18), Thing("circle", "blue", "small", 0.8, 0.8, 0.11)))
+INSTANCES = instances([SCENE], SIZE)
+
+
+def caption(text: str, alpha: list[float], location: int | None = None) -> dict[str, SplitCaption]:
+    """A caption whose every word looks alike."""
+    words = len(text.split()) + 1
+    hypothesis = Hypothesis(
+        ids=(0,) * words,
+        log_probs=(0.0,) * words,
+        alphas=torch.tensor(alpha).expand(words, 4),
+        betas=None,
+        locations=None if location is None else torch.full((words,), location),
+        finished=True,
+        score=0.0,
+    )
+    return {"000000.png": SplitCaption(text, hypothesis)}
+
+
+def test_the_mass_on_a_thing_that_fills_part_of_a_cell():
+    report = check(caption("there is a large red square", [0.5, 0.25, 0.25, 0.0]), GRID, INSTANCES)
+    pixels = float(SCENE.mask(0, SIZE).sum())
+    assert (report.sentences, report.parsed, report.true, report.nouns) == (1, 1, 1, 1)
+    assert report.area == pytest.approx(pixels / 32**2)
+    assert report.mass == pytest.approx(0.5 * pixels / 16**2)  # half of the attention, spread over a cell of 16 x 16
+    assert report.ratio == pytest.approx(2.0)  # twice what uniform attention, 0.25, would give
+    assert report.hits == 1.0
+
+
+def test_a_false_sentence_is_counted_named_and_looked_at_no_further():
+    said = caption("there is a large blue square", [1.0, 0.0, 0.0, 0.0])
+    report = check(said, GRID, INSTANCES)
+    assert (report.parsed, report.true, report.nouns, report.mass, report.ratio) == (1, 0, 0, None, None)
+    assert false_ones(said, INSTANCES) == [("000000.png", "there is a large blue square")]
+
+
+def test_a_sentence_that_the_grammar_cannot_read_is_neither_parsed_nor_true():
+    report = check(caption("square red the", [1.0, 0.0, 0.0, 0.0]), GRID, INSTANCES)
+    assert (report.parsed, report.true) == (0, 0)
+
+
+@pytest.mark.parametrize(("location", "hits"), [(None, 1.0), (0, 1.0), (3, 0.0)])
+def test_the_cell_looked_at_is_the_sampled_one_of_hard_attention_and_the_likeliest_of_soft(location, hits):
+    said = caption("there is a large red square", [0.7, 0.1, 0.1, 0.1], location)
+    assert check(said, GRID, INSTANCES).hits == hits
+
+
+def test_each_noun_is_held_against_its_own_thing():
+    said = caption("a large red square and a small blue circle", [1.0, 0.0, 0.0, 0.0])
+    report = check(said, GRID, INSTANCES)
+    assert (report.true, report.nouns, report.hits) == (1, 2, 0.5)
