@@ -13,7 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
-from captioning.models.decoder import Decoder, Output, State, Step, active_rows, lstm_cell, resize
+from captioning.models.decoder import Decoder, Output, State, Step, active_rows, lstm_arguments, lstm_cell, resize
 from captioning.vocabulary import PAD
 
 
@@ -216,17 +216,7 @@ def build_lstm(config: DecoderConfig, vocabulary_size: int, annotation_dim: int)
     inject = INJECTIONS[config.inject](
         annotation_dim=annotation_dim, embedding_dim=config.embedding_dim, hidden_dim=config.hidden_dim
     )
-    return PlainLSTM(
-        inject,
-        vocabulary_size=vocabulary_size,
-        embedding_dim=config.embedding_dim,
-        hidden_dim=config.hidden_dim,
-        context=config.context or "mean",
-        dropout=config.dropout,
-        embedding_dropout=config.embedding_dropout,
-        annotation_dropout=config.annotation_dropout,
-        tie_embeddings=config.tie_embeddings,
-    )
+    return PlainLSTM(inject, context=config.context or "mean", **lstm_arguments(config, vocabulary_size))
 
 
 CONTEXTS: dict[str, Callable[[Tensor], Tensor]] = {"mean": mean_vector, "last": last_vector}

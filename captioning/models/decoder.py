@@ -302,6 +302,12 @@ def stack_steps(steps: Sequence[Tensor | None], rows: tuple[int, int]) -> Any:
     return torch.stack(cast(list[Tensor], steps), dim=1).unflatten(0, rows)
 
 
+def lstm_arguments(config: DecoderConfig, vocabulary_size: int) -> dict[str, Any]:
+    """What every LSTM decoder takes of a config."""
+    names = ("embedding_dim", "hidden_dim", "dropout", "embedding_dropout", "annotation_dropout", "tie_embeddings")
+    return {"vocabulary_size": vocabulary_size, **{name: getattr(config, name) for name in names}}
+
+
 def build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation_dim: int) -> AttentionLSTM:
     """The paper's decoder, from a config."""
     attention = build_attention(config, annotation_dim)
@@ -309,13 +315,7 @@ def build_attention_lstm(config: DecoderConfig, vocabulary_size: int, annotation
     return AttentionLSTM(
         attention,
         build_gate(config.gate, hidden_dim=config.hidden_dim, context_dim=context_dim),
-        vocabulary_size=vocabulary_size,
         annotation_dim=annotation_dim,
-        embedding_dim=config.embedding_dim,
-        hidden_dim=config.hidden_dim,
-        dropout=config.dropout,
-        embedding_dropout=config.embedding_dropout,
-        annotation_dropout=config.annotation_dropout,
-        tie_embeddings=config.tie_embeddings,
+        **lstm_arguments(config, vocabulary_size),
         query_word=config.query == "state_and_word",
     )

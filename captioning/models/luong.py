@@ -13,6 +13,7 @@ from captioning.models.decoder import (
     Output,
     Step,
     active_rows,
+    lstm_arguments,
     lstm_cell,
     resize,
     stack_steps,
@@ -190,13 +191,7 @@ def build_luong(config: DecoderConfig, vocabulary_size: int, annotation_dim: int
     return LuongDecoder(
         attention,
         build_gate(config.gate, hidden_dim=config.hidden_dim, context_dim=context_dim),
-        vocabulary_size=vocabulary_size,
         annotation_dim=annotation_dim,
-        embedding_dim=config.embedding_dim,
-        hidden_dim=config.hidden_dim,
+        **lstm_arguments(config, vocabulary_size),
         input_feeding=config.input_feeding,
-        dropout=config.dropout,
-        embedding_dropout=config.embedding_dropout,
-        annotation_dropout=config.annotation_dropout,
-        tie_embeddings=config.tie_embeddings,
     )
