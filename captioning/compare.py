@@ -21,6 +21,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ def draw(rows: Sequence[Row], title: str) -> Any:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("CIDEr")
-    axes.set_title(title, fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=9)
     return figure
 
 
