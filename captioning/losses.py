@@ -55,9 +55,14 @@ def reinforce(
     return -(rewards - baselines).detach() * log_probs
 
 
+def mean_of_others(rewards: Float[Tensor, "*shape"], *, dim: int) -> Float[Tensor, "*shape"]:
+    """The mean reward of the other samples along a dimension: a baseline that knows nothing of the sample itself."""
+    return (rewards.sum(dim=dim, keepdim=True) - rewards) / (rewards.shape[dim] - 1)
+
+
 def leave_one_out(rewards: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
     """Advantage of each of an image's K samples over the mean of the others, Luo (2020): a baseline without bias."""
-    return (rewards - rewards.mean(dim=1, keepdim=True)) * (rewards.shape[1] / (rewards.shape[1] - 1))
+    return rewards - mean_of_others(rewards, dim=1)
 
 
 def self_critical(

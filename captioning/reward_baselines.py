@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from captioning.losses import REWARDS, mean_of_others
+
 
 class Baseline(nn.Module):
     """No baseline, b = 0, and the contract. Rows are captions with `samples` paths each: (N, C * samples, T).
@@ -37,10 +39,7 @@ class Baseline(nn.Module):
 
     def _words(self, mask: Bool[Tensor, "N K T"]) -> Float[Tensor, "N K T"]:
         """How many words a step's reward sums."""
-        words = mask.float()
-        if self.to_go:
-            return words.flip(-1).cumsum(dim=-1).flip(-1)
-        return words.sum(dim=-1, keepdim=True).expand_as(words)
+        return REWARDS["to_go" if self.to_go else "sentence"](mask.float())
 
 
 class MovingAverage(Baseline):
@@ -70,8 +69,7 @@ class LeaveOneOut(Baseline):
     def forward(
         self, rewards: Float[Tensor, "N K T"], states: Float[Tensor, "N K T n"], mask: Bool[Tensor, "N K T"]
     ) -> Float[Tensor, "N K T"]:
-        grouped = rewards.unflatten(1, (-1, self.samples))
-        return ((grouped.sum(dim=2, keepdim=True) - grouped) / (self.samples - 1)).flatten(1, 2)
+        return mean_of_others(rewards.unflatten(1, (-1, self.samples)), dim=2).flatten(1, 2)
 
 
 class Learned(Baseline):

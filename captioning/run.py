@@ -57,6 +57,13 @@ class Progress:
     words: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def count(self, words: int, *, seconds: float) -> None:
+        """One more step is done."""
+        self.batch += 1
+        self.step += 1
+        self.words += words
+        self.seconds += seconds
+
 
 @dataclass
 class Run:

@@ -64,64 +64,85 @@ def train(settings: Settings) -> Path:
     return output / "best"
 
 
+class Means:
+    """What an epoch's steps report, averaged as it goes; over words, or over steps where captions are sampled."""
+
+    def __init__(self, *, by_words: bool):
+        self.by_words = by_words
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.words = 0
+        self.weights = 0
+        self.sums: dict[str, float] = {}
+
+    def add(self, values: dict[str, float], words: int) -> None:
+        weight = words if self.by_words else 1
+        self.words += words
+        self.weights += weight
+        self.sums = {name: self.sums.get(name, 0.0) + value * weight for name, value in values.items()}
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def __str__(self) -> str:
+        shown = [name for name in ("reward", "length", "nll") if name in self.sums]
+        means = [f"{name} {self.sums[name] / self.weights:.4f}" for name in shown]
+        return ", ".join([*means, f"{self.words / self.seconds:,.0f} words/s"])
+
+
 def train_epoch(run: Run, stop: dict[str, bool]) -> float:
     """The rest of the current epoch, step by step.
 
     Returns:
         The share of its time that was spent waiting for data.
     """
-    settings, progress, accelerator = run.settings, run.progress, run.accelerator
+    settings, progress = run.settings, run.progress
     batches = plan(settings, run.data, epoch=progress.epoch)[progress.batch :]
     if not batches:  # resumed between the last step of an epoch and its validation
         return 0.0
-    mine = shard(batches, accelerator.process_index, accelerator.num_processes)
+    mine = shard(batches, run.accelerator.process_index, run.accelerator.num_processes)
     dataset = CaptionDataset(run.data, image_size=run.encoder.image_size, augment=settings.augment)
-    loader = load_batches(
-        dataset, mine, captions_per_image=settings.captions_per_image, workers=min(settings.workers, len(mine))
-    )
-    bar = tqdm(
-        total=len(mine),
-        desc=f"epoch {progress.epoch + 1}/{settings.epochs}",
+    workers = min(settings.workers, len(mine))
+    loader = load_batches(dataset, mine, captions_per_image=settings.captions_per_image, workers=workers)
+    run.wrapped.train()
+    means = Means(by_words=not run.self_critical)
+    with _bar(run, len(mine)) as bar:
+        for _ in range(len(mine)):
+            clock = time.perf_counter()
+            batch = next(loader)
+            means.waited += time.perf_counter() - clock
+            values, words = train_step(run, batch)
+            progress.count(words, seconds=time.perf_counter() - clock)
+            means.add(values, words)
+            bar.set_postfix_str(str(means), refresh=False)
+            bar.update()
+            save_and_stop_if_asked(run, stop)
+    share = means.waited / means.seconds
+    curve(run, "train/words_per_second", means.words / means.seconds)
+    curve(run, "train/share_waiting_for_data", share)
+    say(run, f"epoch {progress.epoch + 1}: {means}, {means.seconds:.0f} s, {share:.1%} of it waiting for data")
+    return share
+
+
+def save_and_stop_if_asked(run: Run, stop: dict[str, bool]) -> None:
+    """After a step: save where `save_every` or a signal says so, and end after a signal."""
+    progress, save_every = run.progress, run.settings.save_every
+    stopping = asked_to_stop(run, stop)  # at every step: all processes must take part in the question
+    if stopping or (save_every and progress.step % save_every == 0):
+        save_last(run)
+    if stopping:
+        raise Interrupted(f"stopped at step {progress.step}; go on with the same command and --resume true")
+
+
+def _bar(run: Run, steps: int) -> tqdm:
+    return tqdm(
+        total=steps,
+        desc=f"epoch {run.progress.epoch + 1}/{run.settings.epochs}",
         unit="step",
-        disable=not accelerator.is_main_process,
+        disable=not run.accelerator.is_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
-    run.wrapped.train()
-    began, waited, words_seen, weights, sums = time.perf_counter(), 0.0, 0, 0, dict[str, float]()
-    for _ in range(len(mine)):
-        clock = time.perf_counter()
-        batch = next(loader)
-        waited += time.perf_counter() - clock
-        values, words = train_step(run, batch)
-        progress.batch += 1
-        progress.step += 1
-        progress.words += words
-        progress.seconds += time.perf_counter() - clock
-        words_seen += words
-        weight = 1 if run.self_critical else words  # of words the mean is over words, of captions over steps
-        weights += weight
-        sums = {name: sums.get(name, 0.0) + value * weight for name, value in values.items()}
-        means = ", ".join(f"{name} {sums[name] / weights:.4f}" for name in ("reward", "length", "nll") if name in sums)
-        elapsed = time.perf_counter() - began
-        bar.set_postfix_str(f"{means}, {words_seen / elapsed:,.0f} words/s", refresh=False)
-        bar.update()
-        due = settings.save_every and progress.step % settings.save_every == 0
-        stopping = asked_to_stop(run, stop)  # at every step: all processes must take part in the question
-        if due or stopping:
-            save_last(run)
-        if stopping:
-            bar.close()
-            raise Interrupted(f"stopped at step {progress.step}; go on with the same command and --resume true")
-    bar.close()
-    elapsed = time.perf_counter() - began
-    curve(run, "train/words_per_second", words_seen / elapsed)
-    curve(run, "train/share_waiting_for_data", waited / elapsed)
-    say(
-        run,
-        f"epoch {progress.epoch + 1}: {means}, {words_seen / elapsed:,.0f} words/s, "
-        f"{elapsed:.0f} s, {waited / elapsed:.1%} of it waiting for data",
-    )
-    return waited / elapsed
 
 
 def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:

@@ -1,7 +1,9 @@
 """Shared fixtures; shapes of tensors are checked in every test."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from preprocess.sources import shapes  # noqa: E402
 TINY_ENCODER = EncoderConfig(name="resnet18", layer="layer2", weights=None, image_size=32)
 TINY_DECODER = DecoderConfig(embedding_dim=12, hidden_dim=16, attention_dim=8, dropout=0.1)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +37,17 @@ def shared() -> Callable[..., Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def command() -> ModuleType:
+    """caption.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("caption_command", ROOT / "caption.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

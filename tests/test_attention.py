@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from known_weights import noisy
 from torch import nn
 
 from captioning.config import DecoderConfig
@@ -26,14 +27,6 @@ N, K, L, D, QUERY, DIM = 2, 3, 5, 7, 4, 6
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def noisy(module: nn.Module) -> nn.Module:
-    """Biases begin at zero; here they must not be."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return module.eval()
 
 
 def projected(kind: type[ScoredAttention]) -> ScoredAttention:

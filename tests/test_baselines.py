@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from known_weights import fill
 
 from captioning.config import DecoderConfig, LossConfig, RegionEncoderConfig, Settings
 from captioning.models.baselines import PlainLSTM
@@ -19,29 +19,21 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def fill(module: nn.Module, values: dict[str, list]) -> None:
-    """Set parameters by their names."""
-    with torch.no_grad():
-        for name, value in values.items():
-            parameter = module.get_parameter(name)
-            parameter.copy_(torch.tensor(value, dtype=parameter.dtype).view_as(parameter))
-
-
 def one_dimensional(inject: str, context: str = "mean", **weights: list) -> PlainLSTM:
     """n = m = D = 1, V = 5, every weight known."""
     config = DecoderConfig("lstm", inject=inject, context=context, embedding_dim=1, hidden_dim=1, dropout=0.0)
     decoder = build_decoder(config, vocabulary_size=5, annotation_dim=1)
     known = {
-        "E.weight": [0.0, 0.5, 0.0, 0.0, -1.0],
-        "lstm_word.weight": [1.0, 0.0, 2.0, 1.0],  # rows: i, f, o, g
-        "lstm_word.bias": [0.0, 1.0, 0.0, 0.0],
-        "lstm_state.weight": [0.5, 0.0, 0.0, 1.0],
-        "L_h.weight": [1.0],
-        "L_h.bias": [0.0],
-        "L_o.weight": [0.0, 0.0, 1.0, -1.0, 2.0],
-        "L_o.bias": [0.0, 0.0, 0.1, 0.0, 0.0],
+        "E__weight": [0.0, 0.5, 0.0, 0.0, -1.0],
+        "lstm_word__weight": [1.0, 0.0, 2.0, 1.0],  # rows: i, f, o, g
+        "lstm_word__bias": [0.0, 1.0, 0.0, 0.0],
+        "lstm_state__weight": [0.5, 0.0, 0.0, 1.0],
+        "L_h__weight": [1.0],
+        "L_h__bias": [0.0],
+        "L_o__weight": [0.0, 0.0, 1.0, -1.0, 2.0],
+        "L_o__bias": [0.0, 0.0, 0.1, 0.0, 0.0],
     }
-    fill(decoder, {**known, **{name.replace("__", "."): value for name, value in weights.items()}})
+    fill(decoder, **{**known, **weights})
     return decoder.eval()
 
 

@@ -1,14 +1,12 @@
 """The command that captions photos, and the three lines of library use."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,17 +20,6 @@ from captioning.images import visible_box
 from captioning.vocabulary import END
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    """caption.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("caption_command", ROOT / "caption.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

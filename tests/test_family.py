@@ -1,10 +1,8 @@
 """Every decoder goes the whole way: trained, saved, a start for another run, and heard and seen at the command line."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -35,17 +33,6 @@ FAMILY = {
 
 def test_no_decoder_is_left_out():
     assert {config.name for config in FAMILY.values()} == set(DECODERS)
-
-
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    """caption.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("caption_command", ROOT / "caption.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def settings_of(name: str, data: Path, output: Path, **changes) -> Settings:

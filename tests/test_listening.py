@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_decoder import LOCATIONS, batch, build, every_variant
+from test_decoder import LOCATIONS, VARIANTS, batch, build, different, every_variant
 from torch import Tensor
 
 from captioning.listening import attention_of, exchange, forced, replacements
@@ -13,6 +13,8 @@ from captioning.models.attention import Context, Memory, ScoredAttention
 from captioning.models.decoder import Decoder, Output
 from captioning.vocabulary import END, PAD, START
 
+FORCED = [config for config in VARIANTS if attention_of(build(config)) is not None]
+every_forced_variant = pytest.mark.parametrize("config", FORCED, ids=different)
 V, C = 8, 3.0  # words, and the logit of the word that is seen
 
 
@@ -131,11 +133,9 @@ def test_forcing_a_decoders_own_weights_changes_nothing(config):
     assert decoder.attention is attention
 
 
-@every_variant
+@every_forced_variant
 def test_forcing_other_weights_is_heard(config):
     decoder = build(config).eval()
-    if attention_of(decoder) is None:
-        pytest.skip("it asks no attention word by word, or several heads")
     a, words = batch()
     own = decoder(a, words)
     with forced(decoder, own.alphas.roll(1, dims=-1)):

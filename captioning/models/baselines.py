@@ -13,7 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
-from captioning.models.decoder import Decoder, Output, State, Step, active_rows, lstm_arguments, lstm_cell, resize
+from captioning.models.decoder import LSTMDecoder, Output, State, Step, active_rows, lstm_arguments, lstm_cell, resize
 from captioning.vocabulary import PAD
 
 
@@ -100,7 +100,7 @@ class EachStep(Injection):
         return self.L_v(v)
 
 
-class PlainLSTM(Decoder):
+class PlainLSTM(LSTMDecoder):
     """An LSTM without attention: i, f, o, g from [E y_{t-1}; h_{t-1}], p(y_t) from L_o tanh(L_h h_t + E y_{t-1}).
 
     All but the context is as in `AttentionLSTM`, so that the two can be compared.
@@ -140,15 +140,12 @@ class PlainLSTM(Decoder):
         self.lstm_state = nn.Linear(hidden_dim, 4 * hidden_dim, bias=False)
         self.L_h = nn.Linear(hidden_dim, embedding_dim)
         self.L_o = nn.Linear(embedding_dim, vocabulary_size)
-        self.dropout = nn.Dropout(dropout)
-        self.embedding_dropout = nn.Dropout(embedding_dropout)
-        self.annotation_dropout = nn.Dropout(annotation_dropout)
-        nn.init.normal_(self.E.weight, std=embedding_dim**-0.5)  # so that L_o, when tied, begins with unit logits
-        with torch.no_grad():
-            self.E.weight[PAD] = 0
-            self.lstm_word.bias[hidden_dim : 2 * hidden_dim] = 1.0  # an open forget gate (Jozefowicz et al., 2015)
-        if tie_embeddings:
-            self.L_o.weight = self.E.weight
+        self._complete(
+            dropout=dropout,
+            embedding_dropout=embedding_dropout,
+            annotation_dropout=annotation_dropout,
+            tie_embeddings=tie_embeddings,
+        )
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> ImageVector:
         v = self.context(self.annotation_dropout(a))

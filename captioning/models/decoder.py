@@ -78,6 +78,50 @@ class Decoder(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward")
 
 
+class LSTMDecoder(Decoder):
+    """What the LSTM decoders have in common: dropout, and initial values that are not PyTorch's own.
+
+    A subclass makes its layers in its own order, E, lstm_word and L_o among them, and then calls `_complete`.
+    """
+
+    E: nn.Embedding
+    lstm_word: nn.Linear
+    L_o: nn.Linear
+
+    def _complete(
+        self, *, dropout: float, embedding_dropout: float, annotation_dropout: float, tie_embeddings: bool
+    ) -> None:
+        self.dropout = nn.Dropout(dropout)
+        self.embedding_dropout = nn.Dropout(embedding_dropout)
+        self.annotation_dropout = nn.Dropout(annotation_dropout)
+        nn.init.normal_(
+            self.E.weight, std=self.E.embedding_dim**-0.5
+        )  # so that L_o, when tied, begins with unit logits
+        hidden_dim = self.lstm_word.out_features // 4
+        with torch.no_grad():
+            self.E.weight[PAD] = 0
+            self.lstm_word.bias[hidden_dim : 2 * hidden_dim] = 1.0  # an open forget gate (Jozefowicz et al., 2015)
+        if tie_embeddings:
+            self.L_o.weight = self.E.weight
+
+
+class AttendingLSTM(LSTMDecoder):
+    """What those with attention have in common beyond that: where they begin."""
+
+    attention: Attention
+    init_h: nn.Linear
+    init_c: nn.Linear
+
+    def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
+        return self.attention.prepare(self.annotation_dropout(a))
+
+    def _first_state(self, memory: Memory, rows_per_image: int) -> State:
+        """h_0 and c_0 from the mean annotation vector, section 3.1.2."""
+        mean = memory.a.mean(dim=1).repeat_interleave(rows_per_image, dim=0)
+        h, c = torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))
+        return State(h.to(self.E.weight.dtype), c.to(self.E.weight.dtype))  # the recurrence itself is never in bf16
+
+
 class Reading(NamedTuple):
     """What a word gives to the step that reads it: its part of the query, and its half of the LSTM's gates (eq. 1).
 
@@ -88,7 +132,7 @@ class Reading(NamedTuple):
     query: Float[Tensor, "R n"] | None
 
 
-class AttentionLSTM(Decoder):
+class AttentionLSTM(AttendingLSTM):
     """Look with h_{t-1}, read the word and the place, write h_t, speak: Xu et al. (2015), section 3.1.2.
 
     Args:
@@ -98,11 +142,11 @@ class AttentionLSTM(Decoder):
         annotation_dim: D.
         embedding_dim: m.
         hidden_dim: n.
+        query_word: attention is asked with h_{t-1} + W E y_{t-1}, not with h_{t-1} alone, which has not read y_{t-1}.
         dropout: in the deep output, on h and on the tanh.
         embedding_dropout: on E y.
         annotation_dropout: on a.
         tie_embeddings: L_o is E.
-        query_word: attention is asked with h_{t-1} + W E y_{t-1}, not with h_{t-1} alone, which has not read y_{t-1}.
     """
 
     def __init__(
@@ -114,11 +158,11 @@ class AttentionLSTM(Decoder):
         annotation_dim: int,
         embedding_dim: int,
         hidden_dim: int,
+        query_word: bool = False,
         dropout: float = 0.0,
         embedding_dropout: float = 0.0,
         annotation_dropout: float = 0.0,
         tie_embeddings: bool = False,
-        query_word: bool = False,
     ):
         super().__init__()
         self.attention = attention
@@ -133,24 +177,15 @@ class AttentionLSTM(Decoder):
         self.L_h = nn.Linear(hidden_dim, embedding_dim)
         self.L_z = nn.Linear(context_dim, embedding_dim, bias=False)
         self.L_o = nn.Linear(embedding_dim, vocabulary_size)
-        self.dropout = nn.Dropout(dropout)
-        self.embedding_dropout = nn.Dropout(embedding_dropout)
-        self.annotation_dropout = nn.Dropout(annotation_dropout)
-        nn.init.normal_(self.E.weight, std=embedding_dim**-0.5)  # so that L_o, when tied, begins with unit logits
-        with torch.no_grad():
-            self.E.weight[PAD] = 0
-            self.lstm_word.bias[hidden_dim : 2 * hidden_dim] = 1.0  # an open forget gate (Jozefowicz et al., 2015)
-        if tie_embeddings:
-            self.L_o.weight = self.E.weight
-
-    def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
-        return self.attention.prepare(self.annotation_dropout(a))
+        self._complete(
+            dropout=dropout,
+            embedding_dropout=embedding_dropout,
+            annotation_dropout=annotation_dropout,
+            tie_embeddings=tie_embeddings,
+        )
 
     def initial_state(self, memory: Memory, rows_per_image: int = 1) -> State:
-        """h_0 and c_0 from the mean annotation vector, section 3.1.2."""
-        mean = memory.a.mean(dim=1).repeat_interleave(rows_per_image, dim=0)
-        h, c = torch.tanh(self.init_h(mean)), torch.tanh(self.init_c(mean))
-        return State(h.to(self.E.weight.dtype), c.to(self.E.weight.dtype))  # the recurrence itself is never in bf16
+        return self._first_state(memory, rows_per_image)
 
     def step(self, word: Integer[Tensor, " R"], state: State, memory: Memory) -> Step:
         embedded = self.embedding_dropout(self.E(word))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from captioning.config import DecoderConfig
 from captioning.models.attention import Attention, Context, Memory, build_attention, build_gate
 from captioning.models.decoder import (
-    Decoder,
+    AttendingLSTM,
     Output,
     Step,
     active_rows,
@@ -29,7 +29,7 @@ class LuongState(NamedTuple):
     spoken: Float[Tensor, "R m"]
 
 
-class LuongDecoder(Decoder):
+class LuongDecoder(AttendingLSTM):
     """Luong et al. (2015): the attention follows the LSTM, where the paper's (Bahdanau's) precedes it.
 
     h_t = LSTM(E y_{t-1}, h_{t-1}), or with input feeding (section 3.3) LSTM([E y_{t-1}; h~_{t-1}], h_{t-1});
@@ -82,22 +82,15 @@ class LuongDecoder(Decoder):
         self.lstm_state = nn.Linear(hidden_dim + fed, 4 * hidden_dim, bias=False)
         self.W_c = nn.Linear((attention.context_dim or annotation_dim) + hidden_dim, embedding_dim)
         self.L_o = nn.Linear(embedding_dim, vocabulary_size)
-        self.dropout = nn.Dropout(dropout)
-        self.embedding_dropout = nn.Dropout(embedding_dropout)
-        self.annotation_dropout = nn.Dropout(annotation_dropout)
-        nn.init.normal_(self.E.weight, std=embedding_dim**-0.5)
-        with torch.no_grad():
-            self.E.weight[PAD] = 0
-            self.lstm_word.bias[hidden_dim : 2 * hidden_dim] = 1.0  # as in AttentionLSTM
-        if tie_embeddings:
-            self.L_o.weight = self.E.weight
-
-    def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
-        return self.attention.prepare(self.annotation_dropout(a))
+        self._complete(
+            dropout=dropout,
+            embedding_dropout=embedding_dropout,
+            annotation_dropout=annotation_dropout,
+            tie_embeddings=tie_embeddings,
+        )
 
     def initial_state(self, memory: Memory, rows_per_image: int = 1) -> LuongState:
-        mean = memory.a.mean(dim=1).repeat_interleave(rows_per_image, dim=0)
-        h, c = (torch.tanh(init(mean)).to(self.E.weight.dtype) for init in (self.init_h, self.init_c))
+        h, c = self._first_state(memory, rows_per_image)
         return LuongState(h, c, h.new_zeros(len(h), self.E.embedding_dim))
 
     def step(self, word: Integer[Tensor, " R"], state: LuongState, memory: Memory) -> Step:
