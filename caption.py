@@ -21,7 +21,7 @@ import torch
 from captioning import Caption, Captioner, load_captioner
 from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.files import fresh_file
-from captioning.images import EXTENSIONS, open_image, to_array
+from captioning.images import EXTENSIONS, open_image
 
 
 def image_files(arguments: Sequence[str]) -> list[Path]:
@@ -79,24 +79,13 @@ def as_json(path: Path, caption: Caption) -> dict[str, Any]:
 
 def write_overlay(path: Path, caption: Caption, folder: Path, taken: set[str]) -> Path:
     """Draw the per-word attention on the photo; two photos of one name get two files."""
-    from captioning.visualize import overlay
-
     name = f"{path.stem}.png"
     for number in range(2, len(taken) + 3):
         if name not in taken:
             break
         name = f"{path.stem}-{number}.png"
     taken.add(name)
-    figure, _ = overlay(
-        to_array(open_image(path)),
-        caption.words,
-        caption.alphas,
-        box=caption.box,
-        betas=caption.betas,
-        log_probs=caption.log_probs,
-        locations=caption.locations,
-        title=caption.text,
-    )
+    figure = caption.overlay(path)
     with fresh_file(folder / name) as partial:
         figure.savefig(partial, format="png")
     return folder / name

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from captioning.images import Box, open_image, to_array, to_rgb, to_square, visi
 from captioning.models.multihead import show_head
 from captioning.tokenization import detokenize
 from captioning.vocabulary import END
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 """Checkpoints that come with the package; `load_captioner` takes their names."""
@@ -49,6 +53,31 @@ class Caption:
     finished: bool
     score: float
     alternatives: tuple["Caption", ...] = field(default=(), repr=False)
+
+    def overlay(self, image: "ImageLike") -> "Figure":
+        """Draw where each word looked on the photo that was captioned; `.savefig("overlay.png")` writes it.
+
+        Raises:
+            ValueError: it has no alphas, or no words.
+            FileNotFoundError: there is no such photo.
+        """
+        from captioning.visualize import overlay  # needs matplotlib, which captioning alone does without
+
+        if self.alphas is None:
+            raise ValueError("this caption has no attention to draw: its model attends to nothing")
+        if not self.words:
+            raise ValueError("this caption has no words to draw")
+        figure, _ = overlay(
+            to_array(_read(image)),
+            self.words,
+            self.alphas,
+            box=self.box,
+            betas=self.betas,
+            log_probs=self.log_probs,
+            locations=self.locations,
+            title=self.text,
+        )
+        return figure
 
 
 ImageLike = str | Path | Image.Image | np.ndarray

@@ -8,7 +8,7 @@ many fit, and that many are made (`max_steps`), with the whole schedule in them.
 
 Every further option is a setting of train.py for all systems (--batch_size 16). Finished systems are skipped, and an
 interrupted one goes on, when the same command is given again. The output's folder then holds table.csv, table.md,
-plot.png and, for each system and seed, the run and its result.json.
+plot.png and, for each system and seed, the run, its result.json and, where it looked at --picture, overlay.png.
 """
 
 import argparse
@@ -30,12 +30,14 @@ from typing import Any
 
 import torch
 
+from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
 from captioning.config import SearchConfig, Settings, one_line, to_dict
 from captioning.data import SPLITS, CaptionData, CaptionDataset, load_batches
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
 from captioning.files import fresh_file
+from captioning.images import open_image
 from captioning.run import plan, start
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train, train_step
@@ -187,6 +189,19 @@ def run_system(system: System, *, minutes: float, split: str, search: SearchConf
     return Row(system.name, str(settings.seed), values)
 
 
+def draw_look(system: System, picture: str, search: SearchConfig) -> str:
+    """Caption a picture with the system's best checkpoint; where it attends, draw where it looked in its folder.
+
+    Returns:
+        The caption.
+    """
+    caption = load_captioner(system.settings.output).caption(picture, beam_size=search.beam_size)[0]
+    if caption.alphas is not None and caption.words:
+        with fresh_file(system.folder / "overlay.png") as partial:
+            caption.overlay(picture).savefig(partial, format="png")
+    return caption.text
+
+
 def with_means(rows: Iterable[Row]) -> list[Row]:
     """The rows, and after those of a system with several seeds their mean."""
     by_system: dict[str, list[Row]] = {}
@@ -270,6 +285,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--output", required=True, metavar="DIR")
     parse.add_argument("--split", choices=SPLITS, default="val", help="what is captioned and scored")
     parse.add_argument("--beam-size", type=int, default=3)
+    parse.add_argument("--picture", metavar="FILE", help="caption this picture, too, and draw where each system looked")
     parse.add_argument("--limit", type=int, default=0, help="score only the first so many images; 0: all")
     return parse
 
@@ -286,6 +302,8 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
             "--budget must be positive, and --limit 0 or at least 2 "
             f"(got --budget {options.budget:g} --limit {options.limit})"
         )
+    if options.picture:
+        open_image(options.picture)  # so that a mistake is found before hours of training
     search, output = SearchConfig(beam_size=options.beam_size), Path(options.output)
     todo = systems(options.recipes, list(dict.fromkeys(options.seeds)), options.data, output, overrides)
     rows: list[Row] = []
@@ -293,6 +311,8 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
         print(f"{number} of {len(todo)}: {system.name}, seed {system.settings.seed}", flush=True)
         limits = {"minutes": options.budget, "split": options.split, "limit": options.limit}
         rows.append(run_system(system, search=search, **limits))
+        if options.picture:
+            print(f"{options.picture}\t{draw_look(system, options.picture, search)}", flush=True)
         known = read_json(system.folder / "result.json")
         conditions = [
             f"{known['images']} images of {options.split}, beam {search.beam_size}, {options.budget:g} minutes of "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioning import compare, training
+from captioning import compare, load_captioner, training
 from captioning.checkpoint import load_checkpoint
 from captioning.compare import COLUMNS, Row, as_csv, as_markdown, main, with_means
 from captioning.data import CaptionData
@@ -19,6 +19,7 @@ from captioning.models.regions import build_region_encoder
 from captioning.models.registry import build_decoder
 from captioning.settings import parse_settings, recipes
 from captioning.vocabulary import START
+from preprocess.shapes import make_scene
 
 FAMILY = [name for name in recipes() if name.startswith("family_")]
 COMMON = """
@@ -134,6 +135,26 @@ def test_an_interrupted_comparison_goes_on_within_the_system(call, tmp_path, mon
     assert call(seeds=(0,))[0] == 0
     assert steps == [*range(6), *range(6)]  # no step was made twice
     assert [row["system"] for row in table(tmp_path / "out")] == ["plain", "looks"]
+
+
+@pytest.mark.usefixtures("steady")
+def test_every_system_captions_the_same_picture_and_shows_where_it_looked_if_it_did(call, tmp_path):
+    picture = tmp_path / "scene.png"
+    make_scene(0, 0).render(64).save(picture)
+    assert call("--picture", picture, seeds=(0,))[0] == 0
+    assert not (tmp_path / "out" / "plain" / "seed0" / "overlay.png").exists()
+    shown = tmp_path / "out" / "looks" / "seed0" / "overlay.png"
+    caption = load_captioner(tmp_path / "out" / "looks" / "seed0" / "run").caption(picture, beam_size=3)[0]
+    assert shown.is_file() == bool(caption.words)
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_picture_that_cannot_be_read_is_refused_before_any_training(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "train", lambda settings: pytest.fail("it was trained"))
+    (tmp_path / "scene.png").write_text("no picture")
+    code, lines = call("--picture", tmp_path / "scene.png")
+    assert code == 2
+    assert "scene.png" in lines[0]
 
 
 def test_the_time_of_a_step_is_measured_in_a_run_that_leaves_nothing_behind(paths, tiny_annotations, tmp_path):

@@ -33,7 +33,7 @@ ORDER = (
     ("models.baselines", "models.luong", "models.transformer", "models.registry"),
     ("models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
-    ("rewards",),
+    ("rewards", "visualize"),
     ("api", "evaluate", "run", "objective", "self_critical", "training", "compare"),
 )
 # These take arrays and strings: all that they may import of the package.
