@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from captioning.diagnostics import (
     shuffled_mutual_information,
 )
 from captioning.listening import attention_of, forced, replacements
+from captioning.models.attention import Look, looking
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
 from captioning.tokenization import tokenize
@@ -159,6 +160,7 @@ def diagnose(
     *,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
+    location: Literal["argmax", "sample", "expected"] = "argmax",
     seed: int = 0,
 ) -> Diagnosis:
     """Teacher-force a model over the captions of some images, as it is and under the listening test.
@@ -170,7 +172,8 @@ def diagnose(
         vocabulary: the model's words (not the file's).
         batch_size: images at once; attention is exchanged among them.
         device: where the model is.
-        seed: of the exchange and of the shuffles.
+        location: where hard attention looks.
+        seed: of the exchange, of the shuffles and of sampled locations.
 
     Raises:
         ValueError: fewer than two images.
@@ -181,7 +184,8 @@ def diagnose(
     nll: dict[str, float] = {}
     parts: list[_Words] = []
     words, hard = 0, False
-    with torch.no_grad(), _evaluating(model):
+    look = Look(location, generator=torch.Generator(device).manual_seed(seed))
+    with torch.no_grad(), _evaluating(model), looking(model.decoder, look):
         for batch in caption_batches(model, data, indices, vocabulary, batch_size=batch_size):
             a, targets = model.annotate(batch.images.to(device)), batch.words.to(device)
             output = model.decoder(a, targets)

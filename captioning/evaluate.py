@@ -233,7 +233,13 @@ def _diagnose(options: argparse.Namespace, checkpoint: Checkpoint, data: Caption
         return None
     indices = data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
     return diagnose(
-        checkpoint.model, data, indices, checkpoint.vocabulary, batch_size=options.batch_size, device=options.device
+        checkpoint.model,
+        data,
+        indices,
+        checkpoint.vocabulary,
+        batch_size=options.batch_size,
+        device=options.device,
+        location=options.location,
     )
 
 

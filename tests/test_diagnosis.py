@@ -1,12 +1,13 @@
 """A model under diagnosis: what is reported, and that nothing of it is left behind."""
 
+import dataclasses
 import json
 from collections.abc import Iterable
 
 import pytest
 import torch
 
-from captioning.checkpoint import Checkpoint, load_checkpoint
+from captioning.checkpoint import Checkpoint, build_model, load_checkpoint
 from captioning.data import Batch, CaptionData
 from captioning.diagnosis import Diagnosis, attention_gradients, caption_batches, diagnose
 from captioning.losses import word_nll
@@ -24,7 +25,7 @@ def checkpoint(tiny_checkpoint) -> Checkpoint:
     return load_checkpoint(tiny_checkpoint)
 
 
-def run(checkpoint: Checkpoint, data: CaptionData, **options: int) -> Diagnosis:
+def run(checkpoint: Checkpoint, data: CaptionData, **options: int | str) -> Diagnosis:
     return diagnose(checkpoint.model, data, data.indices("train").tolist()[:6], checkpoint.vocabulary, **options)
 
 
@@ -69,6 +70,18 @@ def test_attention_that_cannot_see_is_flat(checkpoint, data):
     assert found.mutual_information == pytest.approx(0, abs=1e-6)
     assert [found.listening[name] for name in ("exchanged", "random", "uniform")] == pytest.approx([0] * 3, abs=1e-5)
     assert found.movement_nouns == pytest.approx(0, abs=1e-6)
+
+
+def test_a_hard_model_is_diagnosed_where_it_is_told_to_look(checkpoint, data):
+    decoder = dataclasses.replace(checkpoint.decoder, attention="hard")
+    model, encoder = build_model(checkpoint.encoder, decoder, len(checkpoint.vocabulary))
+    model.load_state_dict(checkpoint.model.state_dict())
+    hard = dataclasses.replace(checkpoint, model=model, encoder=encoder, decoder=decoder)
+    found = {location: run(hard, data, location=location) for location in ("argmax", "sample", "expected")}
+    assert found["expected"].nll == pytest.approx(run(checkpoint, data).nll)
+    assert found["expected"].off_argmax is None  # the mean context is no place
+    assert found["sample"].nll != found["argmax"].nll
+    assert found["sample"] == run(hard, data, location="sample")
 
 
 def test_the_batch_size_changes_neither_weights_nor_words(checkpoint, data):
