@@ -9,6 +9,7 @@ Standard output has one line per photo: its path, a tab, the caption.
 import argparse
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from captioning import Caption, Captioner, load_captioner
+from captioning.api import OVERLAYS
 from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.files import fresh_file
 from captioning.images import EXTENSIONS, open_image
@@ -77,18 +79,21 @@ def as_json(path: Path, caption: Caption) -> dict[str, Any]:
     return {"image": str(path), **values, "alternatives": alternatives}
 
 
-def write_overlay(path: Path, caption: Caption, folder: Path, taken: set[str]) -> Path:
-    """Draw the per-word attention on the photo; two photos of one name get two files."""
-    name = f"{path.stem}.png"
-    for number in range(2, len(taken) + 3):
-        if name not in taken:
-            break
-        name = f"{path.stem}-{number}.png"
+def write_overlay(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> Path | str:
+    """Draw the per-word attention on the photo; two photos of one name get two files.
+
+    Returns:
+        The file, or why there is none.
+    """
+    if not caption.words:
+        return "no words to overlay"
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    names = (f"{path.stem}{number}.{options.overlay_format}" for number in numbers)
+    name = next(name for name in names if name not in taken)
     taken.add(name)
-    figure = caption.overlay(path)
-    with fresh_file(folder / name) as partial:
-        figure.savefig(partial, format="png")
-    return folder / name
+    file = Path(options.overlay) / name
+    caption.overlay(path, file)
+    return file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,7 +112,13 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--top-p", type=float, default=1.0)
     parse.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--overlay", metavar="DIR", help="write each photo's per-word attention here, as PNG")
+    parse.add_argument("--overlay", metavar="DIR", help="draw each photo's per-word attention here")
+    parse.add_argument(
+        "--overlay-format",
+        choices=[ending.removeprefix(".") for ending in OVERLAYS],
+        default="png",
+        help="one tile per word, an animation, or a page on which words are pointed at",
+    )
     parse.add_argument("--head", type=int, help="whose attention is shown, from 0; by default the mean of all heads")
     parse.add_argument("--json", metavar="FILE", help="write everything, attention included; - is standard output")
     parse.add_argument("--words", action="store_true", help="also print each word's log-probability, gate and place")
@@ -145,10 +156,7 @@ def run(options: argparse.Namespace) -> int:
         if options.words:
             print_words(caption, lines)
         if options.overlay:
-            drawn = (
-                write_overlay(path, caption, Path(options.overlay), taken) if caption.words else "no words to overlay"
-            )
-            print(f"{path}: {drawn}", file=sys.stderr)
+            print(f"{path}: {write_overlay(path, caption, options, taken)}", file=sys.stderr)
         if options.json:
             results.append(as_json(path, caption))
     if options.json == "-":

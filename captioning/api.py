@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,13 +12,11 @@ from PIL import Image
 from captioning.checkpoint import Checkpoint, load_checkpoint
 from captioning.config import LOCATIONS, SearchConfig
 from captioning.decoding import Hypothesis, search
+from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
 from captioning.models.multihead import show_head
 from captioning.tokenization import detokenize
 from captioning.vocabulary import END
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 """Checkpoints that come with the package; `load_captioner` takes their names."""
@@ -54,32 +51,40 @@ class Caption:
     score: float
     alternatives: tuple["Caption", ...] = field(default=(), repr=False)
 
-    def overlay(self, image: "ImageLike") -> "Figure":
-        """Draw where each word looked on the photo that was captioned; `.savefig("overlay.png")` writes it.
+    def overlay(self, image: "ImageLike", file: str | Path) -> None:
+        """Draw where each word looked on the photo that was captioned.
+
+        Args:
+            image: the photo.
+            file: .png for one tile per word, .gif for one after the other, .html for a page on which words are pointed
+                at. It is written whole or not at all.
 
         Raises:
-            ValueError: it has no alphas, or no words.
+            ValueError: the caption has no alphas, or no words; or `file` ends otherwise.
             FileNotFoundError: there is no such photo.
         """
-        from captioning.visualize import overlay  # needs matplotlib, which captioning alone does without
+        from captioning import visualize  # needs matplotlib, which captioning alone does without
 
+        file = Path(file)
+        if file.suffix not in OVERLAYS:
+            raise ValueError(f"{file}: an overlay ends with {', '.join(OVERLAYS)}")
         if self.alphas is None:
             raise ValueError("this caption has no attention to draw: its model attends to nothing")
         if not self.words:
             raise ValueError("this caption has no words to draw")
-        figure, _ = overlay(
-            to_array(_read(image)),
-            self.words,
-            self.alphas,
-            box=self.box,
-            betas=self.betas,
-            log_probs=self.log_probs,
-            locations=self.locations,
-            title=self.text,
-        )
-        return figure
+        seen = (to_array(_read(image)), self.words, self.alphas)
+        looked = {name: getattr(self, name) for name in ("box", "betas", "log_probs", "locations")}
+        with fresh_file(file) as partial:
+            if file.suffix == ".png":
+                visualize.overlay(*seen, title=self.text, **looked)[0].savefig(partial, format="png")
+            elif file.suffix == ".gif":
+                visualize.save_gif(visualize.animation(*seen, **looked), partial)
+            else:
+                partial.write_text(visualize.html(*seen, title=self.text, **looked), encoding="utf-8")
 
 
+OVERLAYS = (".png", ".gif", ".html")
+"""What `Caption.overlay` draws, by the ending of its file."""
 ImageLike = str | Path | Image.Image | np.ndarray
 
 

@@ -197,8 +197,7 @@ def draw_look(system: System, picture: str, search: SearchConfig) -> str:
     """
     caption = load_captioner(system.settings.output).caption(picture, beam_size=search.beam_size)[0]
     if caption.alphas is not None and caption.words:
-        with fresh_file(system.folder / "overlay.png") as partial:
-            caption.overlay(picture).savefig(partial, format="png")
+        caption.overlay(picture, system.folder / "overlay.png")
     return caption.text
 
 

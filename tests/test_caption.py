@@ -179,6 +179,20 @@ def test_a_model_without_attention_captions_all_the_same(call, photos, tmp_path,
     assert values["betas"] is None
 
 
+@pytest.mark.parametrize(("ending", "begins"), [("gif", b"GIF89a"), ("html", b"<!doctype html>")])
+def test_overlays_can_be_animations_and_pages(call, photos, tmp_path, ending, begins):
+    code, _, err = call(photos / "a.png", "--overlay", tmp_path, "--overlay-format", ending, "--max-length", 3)
+    assert (code, err) == (0, [f"{photos / 'a.png'}: {tmp_path / f'a.{ending}'}"])
+    assert (tmp_path / f"a.{ending}").read_bytes().lower().startswith(begins.lower())
+    assert [file.name for file in tmp_path.iterdir()] == [f"a.{ending}"]
+
+
+def test_an_overlay_of_another_kind_is_refused(tiny_checkpoint, photos, tmp_path):
+    caption = load_captioner(tiny_checkpoint).caption(photos / "a.png", max_length=2)[0]
+    with pytest.raises(ValueError, match=r"a\.tiff: an overlay ends with \.png, \.gif, \.html"):
+        caption.overlay(photos / "a.png", tmp_path / "a.tiff")
+
+
 def test_two_photos_of_one_name_give_two_overlays(call, photos, tmp_path):
     call(photos / "a.png", photos / "other", "--overlay", tmp_path, "--max-length", 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
