@@ -166,6 +166,8 @@ def start(settings: Settings) -> Run:
         f"{len(data.indices('train')):,} images, {steps[0]:,} steps an epoch, {parameters:,} trained parameters, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {settings.precision}",
     )
+    if state is not None:
+        say_if_elsewhere(run, state)
     return run
 
 
@@ -252,6 +254,21 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
     return stored
 
 
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """What the last bits of a sum depend on, beside the settings."""
+    threads = torch.get_num_threads()
+    return {"threads": threads, "processes": accelerator.num_processes, "device": accelerator.device.type}
+
+
+def say_if_elsewhere(run: Run, state: TrainingState) -> None:
+    """A run may go on elsewhere; that it will not be to the same bits, it says."""
+    now = machine(run.accelerator)
+    before = state.progress.get("machine", now)
+    if before != now:
+        was, is_now = (", ".join(f"{name} {value}" for name, value in x.items()) for x in (before, now))
+        say(run, f"resumed elsewhere ({was}; now {is_now}): it goes on, but not to the same bits")
+
+
 def check_same_run(settings: Settings, state: TrainingState) -> None:
     """A resumed run may change where it reads and saves and how it validates, but not what the weights depend on."""
     free = {"resume", "output", "data", "workers", "save_every", "threads", "init_from", "validation"}
@@ -302,7 +319,8 @@ def save_last(run: Run) -> None:
         tensors |= {f"average/{name}": x for name, x in averages.items()}
     if run.baseline is not None:
         tensors |= {f"baseline/{name}": x.detach().cpu().clone() for name, x in run.baseline.state_dict().items()}
-    state = {"progress": dataclasses.asdict(run.progress), "settings": to_dict(run.settings)}
+    progress, settings = dataclasses.asdict(run.progress), to_dict(run.settings)
+    state = {"progress": progress, "settings": settings, "machine": machine(run.accelerator)}
     folder = Path(run.settings.output) / "last"
     save_checkpoint(folder, as_checkpoint(run, run.model), training=TrainingState(tensors, state))
 

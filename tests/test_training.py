@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,6 +313,18 @@ def test_a_resumed_run_may_not_change_what_the_weights_depend_on(whole_run, tiny
     settings = tiny_settings(tiny_data, whole_run, resume=True, batch_size=4)
     with pytest.raises(ValueError, match="--resume: batch_size was 8 and is now 4"):
         training.train(settings)
+
+
+def test_a_run_that_goes_on_elsewhere_says_that_its_bits_will_differ(whole_run, tiny_data, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    state = tmp_path / "run" / "last" / "training.json"
+    saved = json.loads(state.read_text())
+    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+    assert "resumed elsewhere" not in capsys.readouterr().out
+    saved["machine"]["threads"] = 77
+    state.write_text(json.dumps(saved))
+    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+    assert "resumed elsewhere (threads 77, processes 1, device cpu; now threads" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_data, tmp_path):
