@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from captioning.api import checkpoint_folder
+from captioning.checkpoint import load_checkpoint
 from captioning.config import EncoderConfig, one_line
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
@@ -59,21 +63,36 @@ def _run(options: argparse.Namespace) -> Summary:
     if options.source == "shapes":
         records[0].image.render(settings.image_size)  # a picture too small to draw is refused now
         companions[options.output.with_suffix(".instances.json")] = lambda: _instances(records, settings.image_size)
-    encoder = None
-    if options.encoder is not None:
-        weights = None if options.weights == "null" else options.weights
-        encoder = EncoderConfig(name=options.encoder, layer=options.layer, grid=options.grid, weights=weights)
+    encoder, encoder_state = _encoder(options)
     return build(
         records,
         _source(options),
         settings,
         output=options.output,
         encoder=encoder,
+        encoder_state=encoder_state,
         device=options.device,
         workers=options.workers,
         overwrite=options.overwrite,
         companions=companions,
     )
+
+
+def _encoder(options: argparse.Namespace) -> tuple[EncoderConfig | None, dict[str, Tensor] | None]:
+    """The encoder that was asked for, and its weights if it is a checkpoint's."""
+    if options.encoder is None:
+        return None, None
+    try:
+        folder = checkpoint_folder(options.encoder)
+    except FileNotFoundError:
+        weights = {None: "DEFAULT", "null": None}.get(options.weights, options.weights)
+        return EncoderConfig(name=options.encoder, layer=options.layer, grid=options.grid, weights=weights), None
+    for name in ("weights", "layer", "grid"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} does not go with --encoder {options.encoder}: that checkpoint brings its own")
+    checkpoint = load_checkpoint(folder)
+    encoder = dataclasses.replace(checkpoint.encoder, weights=folder.name)
+    return encoder, checkpoint.model.encoder.network.state_dict()
 
 
 def _instances(records: Sequence[Record], size: int) -> str:
@@ -196,8 +215,12 @@ def _common() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) - 1)), help="decoders")
     group = parser.add_argument_group("annotation vectors instead of pixels")
-    group.add_argument("--encoder", metavar="NAME", help="a torchvision network, e.g. mobilenet_v2")
-    group.add_argument("--weights", default="DEFAULT", help="file, name of torchvision's weights, or null (random)")
+    group.add_argument(
+        "--encoder",
+        metavar="NAME|CHECKPOINT",
+        help="a torchvision network, e.g. mobilenet_v2; or a checkpoint's encoder",
+    )
+    group.add_argument("--weights", help="file, name of torchvision's weights (default: DEFAULT), or null (random)")
     group.add_argument("--layer", metavar="NODE", help="where the network is cut")
     group.add_argument("--grid", type=int, help="or: by the side of the feature map")
     group.add_argument("--batch-size", type=int, default=32, help="images that are encoded at a time")

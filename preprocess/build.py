@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import PIL
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from captioning.config import EncoderConfig, to_dict
@@ -99,6 +100,7 @@ def build(
     *,
     output: Path,
     encoder: EncoderConfig | None = None,
+    encoder_state: dict[str, Tensor] | None = None,
     device: str = "auto",
     workers: int = 1,
     overwrite: bool = False,
@@ -112,6 +114,7 @@ def build(
         settings: stored too.
         output: the HDF5 file. Until it is whole there is only the folder `OUTPUT.partial`.
         encoder: store annotation vectors of this network instead of pixels; its image size and fit are the settings'.
+        encoder_state: its weights, of a checkpoint's encoder; by default the config says where they are.
         device: of the encoder: auto, cpu or cuda.
         workers: processes that decode photos; 0: this one.
         overwrite: replace an existing output, and what another unfinished run left.
@@ -125,7 +128,7 @@ def build(
     limit = _Limit(len(records), settings.max_missing, output)
     records, dropped = _sort_out(records)
     limit.check(dropped)
-    annotator = _annotator(encoder, settings, device)
+    annotator = _annotator(encoder, encoder_state, settings, device)
     partial = Partial(
         output.with_name(f"{output.name}.partial"),
         _fingerprint(records, source, settings, annotator),
@@ -213,11 +216,13 @@ def _broken(partial: Partial, records: Sequence[Record]) -> list[Dropped]:
     return [Dropped(records[i].name, str(records[i].image), reason) for i, reason in partial.broken]
 
 
-def _annotator(encoder: EncoderConfig | None, settings: BuildSettings, device: str) -> Annotator | None:
+def _annotator(
+    encoder: EncoderConfig | None, state: dict[str, Tensor] | None, settings: BuildSettings, device: str
+) -> Annotator | None:
     if encoder is None:
         return None
     config = dataclasses.replace(encoder, image_size=settings.image_size, fit=settings.fit)
-    return Annotator(config, precision=settings.precision, device=device, seed=settings.seed)
+    return Annotator(config, precision=settings.precision, device=device, seed=settings.seed, state=state)
 
 
 def _fingerprint(

@@ -75,6 +75,7 @@ class Annotator:
         precision: fp32, or bf16 matrix products.
         device: auto, cpu, cuda or another of torch's.
         seed: of the weights, when the config wants random ones.
+        state: weights of the cut network, as a checkpoint has them, to take instead of the config's.
 
     Attributes:
         config: as the data file stores it: everything resolved, of a weights file the name alone.
@@ -82,10 +83,18 @@ class Annotator:
         grid: (h, w), with h w = L.
     """
 
-    def __init__(self, config: EncoderConfig, *, precision: Literal["fp32", "bf16"], device: str, seed: int):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        precision: Literal["fp32", "bf16"],
+        device: str,
+        seed: int,
+        state: dict[str, Tensor] | None = None,
+    ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder, resolved = build_encoder(dataclasses.replace(config, train_from=None))
+            encoder, resolved = build_encoder(dataclasses.replace(config, train_from=None), state=state)
         self.state: dict[str, Tensor] = {k: v.detach().cpu() for k, v in encoder.network.state_dict().items()}
         self.config = dataclasses.replace(resolved, weights=Path(config.weights).name if config.weights else None)
         self.grid = encoder.grid

@@ -1,5 +1,6 @@
 """From photos and captions to a data file: contents, faults, and interruptions that leave no trace."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.models import get_model
 
+from captioning.checkpoint import load_checkpoint
 from captioning.data import ANNOTATIONS, PIXELS, CaptionData
 from captioning.images import open_image, to_array, to_square
 from captioning.models.encoder import build_encoder
@@ -77,6 +79,24 @@ def test_an_annotation_file_brings_the_network_that_made_it(tmp_path):
     pixels = to_array(to_square(open_image(root / "5.png"), 64, "crop")).copy()
     a = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
     torch.testing.assert_close(data.image(5).float(), a, rtol=2e-3, atol=2e-3)
+
+
+def test_the_encoder_may_be_that_of_a_checkpoint(tmp_path, tiny_checkpoint):
+    root = photos(tmp_path / "in", 3)
+    assert main(command(root, tmp_path / "d.h5", "--encoder", str(tiny_checkpoint), "--device", "cpu")) == 0
+    data, checkpoint = CaptionData(tmp_path / "d.h5"), load_checkpoint(tiny_checkpoint)
+    assert data.encoder == dataclasses.replace(checkpoint.encoder, weights="tiny")
+    pixels = to_array(to_square(open_image(root / "2.png"), 32, "crop")).copy()
+    with torch.no_grad():
+        a = checkpoint.model.encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    torch.testing.assert_close(data.image(2).float(), a, rtol=2e-3, atol=2e-3)
+
+
+def test_a_checkpoints_encoder_takes_no_other_weights(tmp_path, tiny_checkpoint, capsys):
+    root = photos(tmp_path / "in", 3)
+    words = command(root, tmp_path / "d.h5", "--encoder", str(tiny_checkpoint), "--weights", "null")
+    assert main(words) == 2
+    assert "--weights does not go with --encoder" in capsys.readouterr().err
 
 
 def test_one_image_is_one_chunk(tmp_path):
