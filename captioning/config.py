@@ -221,7 +221,7 @@ class Settings:
         max_steps: the run ends after so many steps, if its epochs have more, and its schedule with it; 0 sets no limit.
         batch_size: images per step, over all processes.
         captions_per_image: captions of one image in one step; they share its encoder work and its keys.
-        augment: none, flip, crop or crop_flip; needs a data file with pixels.
+        augment: none, flip, crop or crop_flip; needs pixels, or flip annotation vectors of `preprocess --mirror`.
         precision: fp32, or bf16 matrix products.
         seed: of initial weights, order, dropout and augmentation.
         workers: processes that read data; 0 reads in the main one.

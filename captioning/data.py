@@ -25,6 +25,7 @@ SPLITS = ("train", "val", "test")
 PIXELS = "image/pixels"
 """(N, S, S, 3) uint8, RGB; one chunk per image. Either this or ANNOTATIONS is there."""
 ANNOTATIONS = "image/annotations"
+MIRRORED = "image/mirrored"
 """(N, L, D) float16, L locations row by row; one chunk per image. Attribute `grid`: (h, w)."""
 NAMES = "image/name"
 """(N,) text, unique: what a results file calls the image."""
@@ -83,6 +84,7 @@ class CaptionData:
         self._raw: list[bytes] = list(file[RAW][()])
         self.kind = PIXELS if PIXELS in file else ANNOTATIONS
         self.image_shape: tuple[int, ...] = tuple(file[self.kind].shape[1:])
+        self.mirrored = MIRRORED in file
         self.grid: tuple[int, int] | None = None
         self.encoder: EncoderConfig | None = None
         if self.kind == ANNOTATIONS:
@@ -124,11 +126,11 @@ class CaptionData:
         """An image's captions as the source gave them."""
         return [self._raw[caption].decode() for caption in self.captions_of(image)]
 
-    def image(self, image: int) -> Shaped[Tensor, "..."]:
-        """Pixels (3, S, S) uint8, or annotation vectors (L, D) float16."""
+    def image(self, image: int, *, mirrored: bool = False) -> Shaped[Tensor, "..."]:
+        """Pixels (3, S, S) uint8, or annotation vectors (L, D) float16, those of the mirrored image if asked."""
         if self._file is None:
             self._file = h5py.File(self.path, "r")
-        values = torch.from_numpy(self._file[self.kind][image])
+        values = torch.from_numpy(self._file[MIRRORED if mirrored else self.kind][image])
         return values.permute(2, 0, 1) if self.kind == PIXELS else values
 
     def encoder_state(self) -> dict[str, Tensor]:
@@ -204,20 +206,42 @@ Item = tuple[Tensor, list[np.ndarray], int]
 
 
 class CaptionDataset(Dataset[Item]):
-    """The Item of a Sample; augmentation depends on the sample's own seed, so on no worker's history."""
+    """The Item of a Sample; augmentation depends on the sample's own seed, so on no worker's history.
+
+    Args:
+        data: pixels, or annotation vectors.
+        image_size: side of the square that pixels become.
+        augment: none, flip, crop or crop_flip; of annotation vectors none, and flip where mirrored ones are stored.
+
+    Raises:
+        ValueError: the data cannot be augmented so.
+    """
 
     def __init__(self, data: CaptionData, *, image_size: int = 0, augment: str = "none"):
+        check_augment(data, augment)
         self.data = data
+        self.flip = data.kind == ANNOTATIONS and augment == "flip"
         same = augment == "none" and data.image_shape[0] == image_size
         self.transform = None if same or data.kind == ANNOTATIONS else build_augmentation(augment, image_size)
 
     def __getitem__(self, sample: Sample) -> Item:
-        image = self.data.image(sample.image)
+        image = self.data.image(sample.image, mirrored=self.flip and sample.seed % 2 == 1)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sample.seed)
                 image = self.transform(image)
         return image, [self.data.words(caption) for caption in sample.captions], sample.image
+
+
+def check_augment(data: CaptionData, augment: str) -> None:
+    """Whether the images of a data file can be augmented so.
+
+    Raises:
+        ValueError: they cannot; says what is allowed.
+    """
+    if data.kind == ANNOTATIONS and augment not in ("none", *(["flip"] if data.mirrored else [])):
+        stored = "none, flip" if data.mirrored else "none; with preprocess --mirror flip, too"
+        raise ValueError(f"augment={augment!r}: {data.path} stores annotation vectors; allowed: {stored}")
 
 
 def build_augmentation(augment: str, image_size: int) -> v2.Transform:

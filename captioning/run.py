@@ -30,7 +30,7 @@ from captioning.checkpoint import (
     write_json,
 )
 from captioning.config import EncoderConfig, Settings, to_dict
-from captioning.data import ANNOTATIONS, CaptionData, Sample, plan_epoch
+from captioning.data import ANNOTATIONS, CaptionData, Sample, check_augment, plan_epoch
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
     build_optimizer,
@@ -182,6 +182,7 @@ def open_output(settings: Settings, progress: Progress) -> SummaryWriter:
 def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel, EncoderConfig]:
     """The model of the settings: new, or from the checkpoint `init_from`, with the encoder that the data demands."""
     check_positions(settings, data)
+    check_augment(data, settings.augment)
     encoder, encoder_state = fit_encoder(settings.encoder, data), None
     build = partial(build_model, region_encoder=settings.region_encoder)
     if data.kind == ANNOTATIONS:

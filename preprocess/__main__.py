@@ -225,6 +225,9 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument("--grid", type=int, help="or: by the side of the feature map")
     group.add_argument("--batch-size", type=int, default=32, help="images that are encoded at a time")
     group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder")
+    group.add_argument(
+        "--mirror", action="store_true", help="store those of the mirrored images, too, for --augment flip"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser
 

@@ -41,6 +41,7 @@ class BuildSettings:
         max_missing: share of the images that may be missing or broken.
         batch_size: images that are encoded at a time.
         precision: of the encoder: fp32, or bf16 matrix products.
+        mirror: store the annotation vectors of the mirrored images, too, so that training can draw one of both.
         seed: of everything random.
     """
 
@@ -52,6 +53,7 @@ class BuildSettings:
     max_missing: float = 0.01
     batch_size: int = 32
     precision: Literal["fp32", "bf16"] = "fp32"
+    mirror: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -220,9 +222,12 @@ def _annotator(
     encoder: EncoderConfig | None, state: dict[str, Tensor] | None, settings: BuildSettings, device: str
 ) -> Annotator | None:
     if encoder is None:
+        if settings.mirror:
+            raise ValueError("mirror needs an encoder: pixels are mirrored when they are read")
         return None
     config = dataclasses.replace(encoder, image_size=settings.image_size, fit=settings.fit)
-    return Annotator(config, precision=settings.precision, device=device, seed=settings.seed, state=state)
+    options = {"precision": settings.precision, "seed": settings.seed, "mirror": settings.mirror}
+    return Annotator(config, device=device, state=state, **options)
 
 
 def _fingerprint(

@@ -76,10 +76,11 @@ class Annotator:
         device: auto, cpu, cuda or another of torch's.
         seed: of the weights, when the config wants random ones.
         state: weights of the cut network, as a checkpoint has them, to take instead of the config's.
+        mirror: annotate the mirrored pictures, too.
 
     Attributes:
         config: as the data file stores it: everything resolved, of a weights file the name alone.
-        shape: (L, D) of one image's annotation vectors.
+        shape: of one image's annotation vectors: (L, D), or with the mirrored ones (2, L, D).
         grid: (h, w), with h w = L.
     """
 
@@ -91,6 +92,7 @@ class Annotator:
         device: str,
         seed: int,
         state: dict[str, Tensor] | None = None,
+        mirror: bool = False,
     ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -98,7 +100,8 @@ class Annotator:
         self.state: dict[str, Tensor] = {k: v.detach().cpu() for k, v in encoder.network.state_dict().items()}
         self.config = dataclasses.replace(resolved, weights=Path(config.weights).name if config.weights else None)
         self.grid = encoder.grid
-        self.shape = (encoder.grid[0] * encoder.grid[1], encoder.dim)
+        self.mirror = mirror
+        self.shape = (*([2] if mirror else []), encoder.grid[0] * encoder.grid[1], encoder.dim)
         self.device = _device(device)
         self.encoder = encoder.to(self.device)
         self.bf16 = precision == "bf16"
@@ -112,11 +115,16 @@ class Annotator:
         return sha.hexdigest()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Annotation vectors (n, L, D) float16 of pixels (n, S, S, 3) uint8.
+        """Annotation vectors (n, *shape) float16 of pixels (n, S, S, 3) uint8.
 
         Raises:
             ValueError: a value is too large for float16, or none at all.
         """
+        if self.mirror:
+            return np.stack([self._annotate(pixels), self._annotate(pixels[:, :, ::-1].copy())], axis=1)
+        return self._annotate(pixels)
+
+    def _annotate(self, pixels: np.ndarray) -> np.ndarray:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
         with torch.inference_mode(), self._exact(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             a = self.encoder(images)

@@ -23,6 +23,7 @@ from captioning.data import (
     FIRST_CAPTION,
     FIRST_WORD,
     IMAGE_SPLIT,
+    MIRRORED,
     NAMES,
     PIXELS,
     RAW,
@@ -200,15 +201,14 @@ def _write_network(file: h5py.File, network: Network) -> None:
 
 
 def _write_images(file: h5py.File, partial: Partial, network: Network | None) -> None:
-    images = file.create_dataset(
-        PIXELS if network is None else ANNOTATIONS,
-        shape=(partial.kept, *partial.shape),
-        dtype=partial.dtype,
-        chunks=(1, *partial.shape),
-    )
-    if network is not None:
-        images.attrs["grid"] = np.array(network.grid, np.int64)
-    start = 0
-    for block in partial.blocks():
-        images[start : start + len(block)] = block
-        start += len(block)
+    mirrored = network is not None and len(partial.shape) == 3
+    names = [PIXELS] if network is None else [ANNOTATIONS, *([MIRRORED] if mirrored else [])]
+    shape = partial.shape[1:] if mirrored else partial.shape
+    for view, name in enumerate(names):
+        images = file.create_dataset(name, (partial.kept, *shape), partial.dtype, chunks=(1, *shape))
+        if network is not None:
+            images.attrs["grid"] = np.array(network.grid, np.int64)
+        start = 0
+        for block in partial.blocks():
+            images[start : start + len(block)] = block[:, view] if mirrored else block
+            start += len(block)

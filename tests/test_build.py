@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 from captioning.checkpoint import load_checkpoint
-from captioning.data import ANNOTATIONS, PIXELS, CaptionData
+from captioning.data import ANNOTATIONS, PIXELS, CaptionData, CaptionDataset, Sample
 from captioning.images import open_image, to_array, to_square
 from captioning.models.encoder import build_encoder
 from captioning.vocabulary import SPECIAL
@@ -97,6 +97,26 @@ def test_a_checkpoints_encoder_takes_no_other_weights(tmp_path, tiny_checkpoint,
     words = command(root, tmp_path / "d.h5", "--encoder", str(tiny_checkpoint), "--weights", "null")
     assert main(words) == 2
     assert "--weights does not go with --encoder" in capsys.readouterr().err
+
+
+def test_mirrored_images_are_annotated_too_and_training_draws_one_of_both(tmp_path):
+    root = photos(tmp_path / "in", 3)
+    assert main(command(root, tmp_path / "plain.h5", *ENCODER, size=64)) == 0
+    assert main(command(root, tmp_path / "both.h5", *ENCODER, "--mirror", size=64)) == 0
+    plain, both = CaptionData(tmp_path / "plain.h5"), CaptionData(tmp_path / "both.h5")
+    assert (plain.mirrored, both.mirrored) == (False, True)
+    assert both.image_shape == plain.image_shape == (4, 512)
+    torch.testing.assert_close(both.image(2), plain.image(2))
+    encoder, _ = build_encoder(both.encoder, state=both.encoder_state())
+    pixels = to_array(to_square(open_image(root / "2.png"), 64, "crop"))[:, ::-1].copy()
+    a = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    torch.testing.assert_close(both.image(2, mirrored=True).float(), a, rtol=2e-3, atol=2e-3)
+    dataset = CaptionDataset(both, augment="flip")
+    drawn = [dataset[Sample(2, (), seed)][0] for seed in range(4)]
+    assert [torch.equal(image, both.image(2)) for image in drawn] == [True, False, True, False]
+    assert torch.equal(drawn[1], both.image(2, mirrored=True))
+    with pytest.raises(ValueError, match=r"augment='crop': .*both.h5 stores annotation vectors; allowed: none, flip"):
+        CaptionDataset(both, augment="crop")
 
 
 def test_one_image_is_one_chunk(tmp_path):
@@ -330,6 +350,7 @@ def test_an_output_that_is_there_is_kept_unless_told_to_overwrite(tmp_path, caps
         (["--images", "nowhere"], "--images nowhere: no such folder"),
         (["--captions", "no.csv"], "no.csv: no such file"),
         (["--output", "nowhere/d.h5"], "its folder does not exist"),
+        (["--mirror"], "mirror needs an encoder: pixels are mirrored when they are read"),
         (["--encoder", "resnet17"], "--encoder 'resnet17' is no torchvision classification model"),
         (["--encoder", "resnet18", "--weights", "no.pth"], "--weights=no.pth: no such file"),
         (["--encoder", "resnet18", "--weights", "null", "--layer", "layer9"], "--layer='layer9' is no feature map"),

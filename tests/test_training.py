@@ -291,6 +291,10 @@ def test_bf16_trains_too(tiny_data, tmp_path):
             {"encoder": EncoderConfig(name="resnet18", image_size=32, train_from="all")},
             "encoder.train_from='all' needs pixels",
         ),
+        (
+            {"augment": "flip"},
+            "augment='flip': .* stores annotation vectors; allowed: none; with",
+        ),
         ({"data": "nowhere.h5"}, "nowhere.h5: no such data file"),
         ({"resume": True}, "there is no run to resume"),
         ({"init_from": "nowhere"}, "nowhere: no checkpoint folder"),
