@@ -305,7 +305,7 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
         "progress": dataclasses.asdict(run.progress),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    encoder = dataclasses.replace(run.encoder, weights=settings["encoder"]["weights"])
+    encoder = dataclasses.replace(run.encoder, weights=run.encoder.weights and Path(run.encoder.weights).name)
     return Checkpoint(model, encoder, run.settings.decoder, run.data.vocabulary, run.settings.region_encoder, about)
 
 
