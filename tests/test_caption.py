@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 from captioning import load_captioner
+from captioning.api import PRETRAINED
 from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
 from captioning.data import CaptionData
 from captioning.images import visible_box
 from captioning.vocabulary import END
+from preprocess.shapes import make_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -255,6 +257,17 @@ def test_a_missing_checkpoint_names_the_pretrained_ones(call, photos, tmp_path, 
     code, out, err = call(photos / "a.png", checkpoint=Path("absent"))
     assert (code, out) == (2, [])
     assert err == ["caption: absent: no checkpoint folder, nor one of the pretrained: one"]
+
+
+@pytest.mark.parametrize("folder", sorted(PRETRAINED.iterdir()), ids=lambda folder: folder.name)
+def test_what_comes_with_the_package_captions_a_picture_and_has_a_card(folder, tmp_path):
+    make_scene(0, 0).render(200).save(tmp_path / "scene.png")
+    caption = load_captioner(folder.name).caption(tmp_path / "scene.png")[0]
+    assert len(caption.words) > 2
+    assert caption.alphas.shape == (len(caption.words), 7, 7)
+    assert (caption.locations is not None) == folder.name.endswith("-hard")
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith(f"# {folder.name}\n")
+    assert (folder / "model.safetensors").stat().st_size <= 25e6
 
 
 def test_the_real_command_prints_no_traceback(photos, tiny_checkpoint, tmp_path):
