@@ -226,8 +226,14 @@ def _annotator(
             raise ValueError("mirror needs an encoder: pixels are mirrored when they are read")
         return None
     config = dataclasses.replace(encoder, image_size=settings.image_size, fit=settings.fit)
-    options = {"precision": settings.precision, "seed": settings.seed, "mirror": settings.mirror}
-    return Annotator(config, device=device, state=state, **options)
+    return Annotator(
+        config,
+        precision=settings.precision,
+        device=device,
+        seed=settings.seed,
+        state=state,
+        mirror=settings.mirror,
+    )
 
 
 def _fingerprint(
