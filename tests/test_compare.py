@@ -253,10 +253,11 @@ def test_the_family_differs_in_the_system_alone():
     assert len(FAMILY) == 13
     parsed = [parse_settings(["--config", name, "--data", "d.h5", "--output", "runs/x"]) for name in FAMILY]
     assert len({(s.region_encoder, s.decoder) for s in parsed}) == 13
-    for settings in parsed:
-        own = settings.decoder.name == "transformer"
-        assert settings.optimizer.learning_rate == (0.0005 if own else 0.001)
-        assert settings.decoder.dropout == (0.1 if own else 0.4)
+    rates = {"family_transformer": 0.0015, "family_transformer_both": 0.0015}
+    rates |= dict.fromkeys(("family_luong", "family_query_key_value", "family_multi_head"), 0.001)
+    for name, settings in zip(FAMILY, parsed, strict=True):
+        assert settings.optimizer.learning_rate == rates.get(name, 0.003)
+        assert settings.decoder.dropout == (0.1 if settings.decoder.name == "transformer" else 0.4)
         same = {"region_encoder", "decoder", "optimizer"}
         assert {k: v for k, v in vars(settings).items() if k not in same} == {
             k: v for k, v in vars(parsed[0]).items() if k not in same
