@@ -85,6 +85,7 @@ class Caption:
 
 OVERLAYS = (".png", ".gif", ".html")
 """What `Caption.overlay` draws, by the ending of its file."""
+
 ImageLike = str | Path | Image.Image | np.ndarray
 
 

@@ -154,7 +154,7 @@ def build(
         captions=captions,
         vocabulary=vocabulary,
         attributes={"source": source, "settings": to_dict(settings)},
-        network=Network(annotator.config, annotator.state, annotator.grid) if annotator else None,
+        network=Network(annotator.config, annotator.state, annotator.grid, annotator.mirror) if annotator else None,
     )
     for path, content in (companions or {}).items():
         write_whole(path, content())

@@ -150,6 +150,7 @@ class Network(NamedTuple):
     config: EncoderConfig
     state: dict[str, Tensor]
     grid: tuple[int, int]
+    mirror: bool
 
 
 def write_file(
@@ -201,7 +202,7 @@ def _write_network(file: h5py.File, network: Network) -> None:
 
 
 def _write_images(file: h5py.File, partial: Partial, network: Network | None) -> None:
-    mirrored = network is not None and len(partial.shape) == 3
+    mirrored = network is not None and network.mirror
     names = [PIXELS] if network is None else [ANNOTATIONS, *([MIRRORED] if mirrored else [])]
     shape = partial.shape[1:] if mirrored else partial.shape
     for view, name in enumerate(names):

@@ -1,6 +1,5 @@
 """From photos and captions to a data file: contents, faults, and interruptions that leave no trace."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -17,10 +16,8 @@ import torch
 from PIL import Image
 from torchvision.models import get_model
 
-from captioning.checkpoint import load_checkpoint
-from captioning.data import ANNOTATIONS, PIXELS, CaptionData, CaptionDataset, Sample
+from captioning.data import ANNOTATIONS, PIXELS, CaptionData
 from captioning.images import open_image, to_array, to_square
-from captioning.models.encoder import build_encoder
 from captioning.vocabulary import SPECIAL
 from preprocess.__main__ import main
 from preprocess.store import Partial
@@ -63,60 +60,6 @@ def test_a_pixel_file_holds_what_the_source_gave(tmp_path):
     assert data.settings["image_size"] == 32
     assert data.settings["fit"] == "crop"
     assert data.source["captions"] == ["captions.csv"]
-
-
-def test_an_annotation_file_brings_the_network_that_made_it(tmp_path):
-    root = photos(tmp_path / "in", 6)
-    assert main(command(root, tmp_path / "d.h5", *ENCODER, size=64)) == 0
-    data = CaptionData(tmp_path / "d.h5")
-    state = data.encoder_state()
-    assert data.encoder is not None
-    encoder, config = build_encoder(data.encoder, state=state)
-    assert config == data.encoder
-    assert (data.grid, data.image_shape) == ((2, 2), (4, 512))
-    assert state["bn1.num_batches_tracked"].shape == ()
-    assert state["bn1.num_batches_tracked"].dtype == torch.int64
-    pixels = to_array(to_square(open_image(root / "5.png"), 64, "crop")).copy()
-    a = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
-    torch.testing.assert_close(data.image(5).float(), a, rtol=2e-3, atol=2e-3)
-
-
-def test_the_encoder_may_be_that_of_a_checkpoint(tmp_path, tiny_checkpoint):
-    root = photos(tmp_path / "in", 3)
-    assert main(command(root, tmp_path / "d.h5", "--encoder", str(tiny_checkpoint), "--device", "cpu")) == 0
-    data, checkpoint = CaptionData(tmp_path / "d.h5"), load_checkpoint(tiny_checkpoint)
-    assert data.encoder == dataclasses.replace(checkpoint.encoder, weights="tiny")
-    pixels = to_array(to_square(open_image(root / "2.png"), 32, "crop")).copy()
-    with torch.no_grad():
-        a = checkpoint.model.encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
-    torch.testing.assert_close(data.image(2).float(), a, rtol=2e-3, atol=2e-3)
-
-
-def test_a_checkpoints_encoder_takes_no_other_weights(tmp_path, tiny_checkpoint, capsys):
-    root = photos(tmp_path / "in", 3)
-    words = command(root, tmp_path / "d.h5", "--encoder", str(tiny_checkpoint), "--weights", "null")
-    assert main(words) == 2
-    assert "--weights does not go with --encoder" in capsys.readouterr().err
-
-
-def test_mirrored_images_are_annotated_too_and_training_draws_one_of_both(tmp_path):
-    root = photos(tmp_path / "in", 3)
-    assert main(command(root, tmp_path / "plain.h5", *ENCODER, size=64)) == 0
-    assert main(command(root, tmp_path / "both.h5", *ENCODER, "--mirror", size=64)) == 0
-    plain, both = CaptionData(tmp_path / "plain.h5"), CaptionData(tmp_path / "both.h5")
-    assert (plain.mirrored, both.mirrored) == (False, True)
-    assert both.image_shape == plain.image_shape == (4, 512)
-    torch.testing.assert_close(both.image(2), plain.image(2))
-    encoder, _ = build_encoder(both.encoder, state=both.encoder_state())
-    pixels = to_array(to_square(open_image(root / "2.png"), 64, "crop"))[:, ::-1].copy()
-    a = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
-    torch.testing.assert_close(both.image(2, mirrored=True).float(), a, rtol=2e-3, atol=2e-3)
-    dataset = CaptionDataset(both, augment="flip")
-    drawn = [dataset[Sample(2, (), seed)][0] for seed in range(4)]
-    assert [torch.equal(image, both.image(2)) for image in drawn] == [True, False, True, False]
-    assert torch.equal(drawn[1], both.image(2, mirrored=True))
-    with pytest.raises(ValueError, match=r"augment='crop': .*both.h5 stores annotation vectors; allowed: none, flip"):
-        CaptionDataset(both, augment="crop")
 
 
 def test_one_image_is_one_chunk(tmp_path):

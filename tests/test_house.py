@@ -213,10 +213,10 @@ def test_no_exception_is_caught_without_a_name():
 
 
 def test_the_lines_that_the_story_of_the_family_shows_are_those_of_the_code():
-    shown = re.findall(r"```python\n(.*?)```", text_of(ROOT / "docs" / "family.md"), flags=re.DOTALL)
-    before = re.split(r"```python\n.*?```", text_of(ROOT / "docs" / "family.md"), flags=re.DOTALL)
+    pieces = re.split(r"```python\n(.*?)```", text_of(ROOT / "docs" / "family.md"), flags=re.DOTALL)
+    texts, shown = pieces[::2], pieces[1::2]
     assert len(shown) > 8
-    for text, lines in zip(before, shown, strict=False):
+    for text, lines in zip(texts, shown, strict=False):
         file = re.findall(r"`(captioning/[\w/]+\.py)`", text)[-1]
         code = "\n".join(line.strip() for line in text_of(ROOT / file).splitlines())
         for part in lines.strip().split("\n\n"):  # what stands between two methods may be left out
