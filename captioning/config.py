@@ -35,6 +35,25 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Trained models that teach this one which words to expect, Hinton et al. (2015), in the likelihood epochs.
+
+    Args:
+        teachers: checkpoint folders or run folders; the mean of their probabilities is learned. None: no distillation.
+        weight: of their words in the loss; the rest, 1 - weight, is for those of the captions.
+    """
+
+    teachers: tuple[str, ...] = ()
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"weight must lie in (0, 1] (got {self.weight})")
+        if not self.teachers:
+            unread(self, "needs distillation.teachers", ["weight"], prefix="distillation.")
+
+
+@dataclass(frozen=True)
 class HardConfig:
     """How hard attention is trained: eq. 12 (the gradient of the hard objective), docs/hard_attention.md.
 
@@ -213,6 +232,7 @@ class Settings:
         region_encoder: what lies between the two.
         decoder: the language model.
         loss: the objective.
+        distillation: trained models that help to teach.
         hard: what more of it hard attention needs.
         optimizer: the optimiser and its schedule.
         self_critical: the last epochs, if they maximise CIDEr-D.
@@ -237,6 +257,7 @@ class Settings:
     region_encoder: RegionEncoderConfig = field(default_factory=RegionEncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     hard: HardConfig = field(default_factory=HardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
@@ -272,6 +293,8 @@ class Settings:
             raise ValueError(f"{asked} must not exceed epochs (got {self.epochs})")
         if self.likelihood_epochs == 0 and self.init_from is None:
             raise ValueError(f"{asked} leaves no epoch to learn words in: ask for more epochs, or give init_from")
+        if self.likelihood_epochs == 0 and self.distillation.teachers:
+            raise ValueError(f"{asked} leaves no epoch for distillation.teachers to teach in: ask for more epochs")
         if self.self_critical.epochs and self.validation.patience:
             raise ValueError(f"{asked} might never come: set validation.patience to 0 (got {self.validation.patience})")
         if self.self_critical.epochs and self.likelihood_epochs and self.max_steps:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what they go by elsewhere."""
 
 import os
 from collections.abc import Iterator
@@ -21,3 +21,9 @@ def fresh_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def short_name(path: str | Path) -> str:
+    """A file's or folder's name, for what travels and must not say where it lay; with its run's, for a run's best."""
+    path = Path(path)
+    return "/".join(path.parts[-2:]) if path.name in ("best", "last") else path.name

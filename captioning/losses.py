@@ -21,6 +21,11 @@ def word_nll(
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
+def expected_nll(logits: Float[Tensor, "W V"], expected: Float[Tensor, "W V"]) -> Float[Tensor, " W"]:
+    """-sum_w q(w) log p(w) at every word, for the words q that teachers expect; Hinton et al. (2015), section 2."""
+    return -(expected * logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)).sum(dim=-1)
+
+
 def doubly_stochastic_penalty(alphas: Float[Tensor, "N K T L"], mask: Bool[Tensor, "N K T"]) -> Float[Tensor, "N K"]:
     """(1/L) sum_i (1 - sum_t alpha_ti)^2 of every caption, over its real words only; 0 for an absent caption.
 

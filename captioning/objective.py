@@ -7,7 +7,7 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from captioning.config import HardConfig
-from captioning.losses import REWARDS, by_word, doubly_stochastic_penalty, reinforce, word_nll
+from captioning.losses import REWARDS, by_word, doubly_stochastic_penalty, expected_nll, reinforce, word_nll
 from captioning.models.attention import Look, looking
 from captioning.models.decoder import Output
 from captioning.reward_baselines import Baseline
@@ -45,15 +45,22 @@ class HardTerms(NamedTuple):
 
 
 def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"]) -> Objective:
-    """The NLL of the captions and the penalty, eq. 14; with hard attention, the terms of eq. 12 too."""
-    settings = run.settings
+    """The NLL of the captions and the penalty, eq. 14; with hard attention, the terms of eq. 12 too.
+
+    Teachers replace a part of the NLL by that of the words that they expect.
+    """
+    settings, samples = run.settings, run.settings.hard.samples
     with run.accelerator.autocast(), looking(run.model, training_look(settings.hard)):
-        output: Output = run.wrapped(images, captions.repeat_interleave(settings.hard.samples, dim=1))
+        output: Output = run.wrapped(images, captions.repeat_interleave(samples, dim=1))
     (words,) = run.mean_over_processes(output.mask.sum())
     nlls = word_nll(output.logits, output.targets, label_smoothing=settings.loss.label_smoothing)
-    nll = nlls.sum() / words
-    loss, means = with_penalty(run, output, nll)
-    means["nll"] = nll
+    learned = nlls
+    if run.teachers is not None:
+        with run.accelerator.autocast():
+            expected = run.teachers(images, captions, samples=samples)
+        learned = torch.lerp(nlls, expected_nll(output.logits, expected), settings.distillation.weight)
+    loss, means = with_penalty(run, output, learned.sum() / words)
+    means["nll"] = nlls.sum() / words
     if run.baseline is not None:
         exact = word_nll(output.logits.detach(), output.targets) if settings.loss.label_smoothing else nlls.detach()
         terms = hard_terms(output, -exact, settings.hard, run.baseline)

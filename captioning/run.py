@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,8 +28,10 @@ from captioning.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from captioning.config import EncoderConfig, Settings, to_dict
+from captioning.config import EncoderConfig, Settings, from_dict, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, Sample, check_augment, plan_epoch
+from captioning.distillation import Teachers, load_teachers
+from captioning.files import short_name
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
     build_optimizer,
@@ -78,6 +79,7 @@ class Run:
     optimizer: Optimizer
     average: AveragedModel | None
     baseline: Baseline | None
+    teachers: Teachers | None
     progress: Progress
     writer: SummaryWriter | None
     likelihood_steps: int
@@ -135,6 +137,7 @@ def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
     model, encoder = start_model(settings, data)
     baseline = start_baseline(settings)
+    teachers = load_teachers(settings.distillation.teachers, data, device=accelerator.device)
     optimizer = build_optimizer(model, settings.optimizer, baseline)
     average = moving_average(model, settings.optimizer.average_decay) if settings.optimizer.average_decay else None
     progress = Progress()
@@ -158,8 +161,9 @@ def start(settings: Settings) -> Run:
     total = likelihood_steps + steps[1] * settings.self_critical.epochs
     total = min(total, settings.max_steps or total)
     reward = CiderD(references_with_end(data, "train")) if settings.self_critical.epochs else None
-    objects = (settings, accelerator, data, encoder, model, wrapped, optimizer, average, baseline, progress, writer)
-    run = Run(*objects, min(likelihood_steps, total), total, reward)
+    parts = (model, wrapped, optimizer, average, baseline, teachers)
+    steps_of = (min(likelihood_steps, total), total)
+    run = Run(settings, accelerator, data, encoder, *parts, progress, writer, *steps_of, reward)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         run,
@@ -273,10 +277,11 @@ def say_if_elsewhere(run: Run, state: TrainingState) -> None:
 def check_same_run(settings: Settings, state: TrainingState) -> None:
     """A resumed run may change where it reads and saves and how it validates, but not what the weights depend on."""
     free = {"resume", "output", "data", "workers", "save_every", "threads", "init_from", "validation"}
-    before, now = state.progress["settings"], to_dict(settings)
+    stored = from_dict(Settings, state.progress["settings"], f"{settings.output}/last: its settings")
+    before, now = to_dict(stored), to_dict(settings)  # what the run's version did not know yet, it had by default
     for name in now:
-        if name not in free and before.get(name) != json.loads(json.dumps(now[name])):
-            raise ValueError(f"--resume: {name} was {before.get(name)!r} and is now {now[name]!r}")
+        if name not in free and before[name] != now[name]:
+            raise ValueError(f"--resume: {name} was {before[name]!r} and is now {now[name]!r}")
 
 
 def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Sample]]:
@@ -298,14 +303,16 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
     packages = ("torch", "torchvision", "accelerate", "show-attend-tell")
     settings = to_dict(run.settings)
     for owner, name in ((settings, "data"), (settings, "output"), (settings["encoder"], "weights")):
-        owner[name] = owner[name] and Path(owner[name]).name  # a checkpoint travels: folders of this machine stay here
+        owner[name] = owner[name] and short_name(owner[name])  # a checkpoint travels: folders of this machine stay here
+    taught = settings["distillation"]
+    taught["teachers"] = [short_name(teacher) for teacher in taught["teachers"]]
     about = {
         "settings": settings,
         "data": {"source": run.data.source, "settings": run.data.settings},
         "progress": dataclasses.asdict(run.progress),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-    encoder = dataclasses.replace(run.encoder, weights=run.encoder.weights and Path(run.encoder.weights).name)
+    encoder = dataclasses.replace(run.encoder, weights=run.encoder.weights and short_name(run.encoder.weights))
     return Checkpoint(model, encoder, run.settings.decoder, run.data.vocabulary, run.settings.region_encoder, about)
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -255,7 +256,8 @@ def _read_images(
 ) -> Iterator[None]:
     """Fill the partial, batch by batch, from where it stands; yields before the first batch and after each.
 
-    A batch always holds the same records: the encoder's last bits may depend on what is encoded together.
+    A batch always holds the same records: the encoder's last bits may depend on what is encoded together. It goes to
+    the disk while the next one is encoded.
     """
     size = settings.batch_size
     batches = [range(i, min(i + size, len(records))) for i in range(0, len(records), size)]
@@ -263,10 +265,17 @@ def _read_images(
     done = partial.kept + len(partial.broken)
     todo = batches[partial.batches :]
     yield
-    with tqdm(total=len(records), initial=done, unit="image", disable=None) as bar:
+    with ThreadPoolExecutor(1) as disk, tqdm(total=len(records), initial=done, unit="image", disable=None) as bar:
+        on_its_way: Future[None] | None = None
         for batch, (pixels, broken) in zip(todo, decode(pictures, todo, workers=workers), strict=True):
-            partial.append(annotator(pixels) if annotator and len(pixels) else pixels, broken)
+            images = annotator(pixels) if annotator and len(pixels) else pixels
+            if on_its_way is not None:
+                on_its_way.result()
+                yield
+            on_its_way = disk.submit(partial.append, images, broken)
             bar.update(len(batch))
+        if on_its_way is not None:
+            on_its_way.result()
             yield
 
 

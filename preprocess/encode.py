@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captioning.config import EncoderConfig, one_line
+from captioning.files import short_name
 from captioning.images import open_image, to_array, to_square
 from captioning.model_config import Fit
 from captioning.models.encoder import build_encoder
@@ -98,7 +99,7 @@ class Annotator:
             torch.manual_seed(seed)
             encoder, resolved = build_encoder(dataclasses.replace(config, train_from=None), state=state)
         self.state: dict[str, Tensor] = {k: v.detach().cpu() for k, v in encoder.network.state_dict().items()}
-        self.config = dataclasses.replace(resolved, weights=Path(config.weights).name if config.weights else None)
+        self.config = dataclasses.replace(resolved, weights=config.weights and short_name(config.weights))
         self.grid = encoder.grid
         self.mirror = mirror
         self.shape = (*([2] if mirror else []), encoder.grid[0] * encoder.grid[1], encoder.dim)

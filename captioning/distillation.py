@@ -1,0 +1,74 @@
+"""Knowledge distillation: beside the words of the captions, a model learns which words trained models expect there.
+
+Hinton et al. (2015), section 2, at temperature 1. Several teachers speak with one voice: the mean of their
+probabilities, which is better than each of theirs (an ensemble), and here costs nothing when captions are made.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Integer, Shaped
+from torch import Tensor
+
+from captioning.api import checkpoint_folder
+from captioning.checkpoint import load_checkpoint
+from captioning.data import CaptionData
+from captioning.evaluate import check_fits
+from captioning.models.captioner import CaptioningModel
+from captioning.models.decoder import Output
+
+
+class Teachers:
+    """Trained models that say what they expect; nothing of them is trained.
+
+    Args:
+        models: at least one, all with the student's vocabulary; hard attention looks at its argmax.
+    """
+
+    def __init__(self, models: Sequence[CaptioningModel]):
+        self.models = [model.eval().requires_grad_(False) for model in models]
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"], *, samples: int = 1
+    ) -> Float[Tensor, "W V"]:
+        """Mean p(. | y_1..t-1, a) of the teachers at every word, in the student's order.
+
+        Args:
+            images: as for `CaptioningModel.forward`, and as the student sees them.
+            captions: framed by START and END.
+            samples: how often the student has each caption, one copy beside the other (`hard.samples`).
+        """
+        outputs: list[Output] = [model(images, captions) for model in self.models]
+        mean = torch.stack([output.logits.float().softmax(dim=-1) for output in outputs]).mean(dim=0)
+        if samples == 1:
+            return mean
+        mask = outputs[0].mask
+        rows = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
+        rows[mask] = torch.arange(len(mean), device=mask.device)
+        return mean[rows.repeat_interleave(samples, dim=1)[mask.repeat_interleave(samples, dim=1)]]
+
+
+def load_teachers(paths: Sequence[str], data: CaptionData, *, device: str | torch.device) -> Teachers | None:
+    """The teachers of a run; None if it has none.
+
+    Args:
+        paths: as for `load_captioner`.
+        data: what the student learns from; annotation vectors must be of the teachers' encoder.
+        device: of the run.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is malformed, or does not fit the data; names it.
+    """
+    models = []
+    for path in paths:
+        checkpoint = load_checkpoint(checkpoint_folder(path))
+        if checkpoint.vocabulary != data.vocabulary:
+            raise ValueError(f"distillation.teachers: the vocabulary of {path} is not that of {data.path}")
+        try:
+            check_fits(checkpoint, data)
+        except ValueError as error:
+            raise ValueError(f"distillation.teachers: {path}: {error}") from error
+        models.append(checkpoint.model.to(device))
+    return Teachers(models) if models else None

@@ -1,0 +1,173 @@
+"""Distillation: what teachers expect is learned in the right place, by the right amount, and to the same bits."""
+
+import dataclasses
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_hard_training import first_batch, hard_settings
+from test_training import TINY, same_bits, saved_bits, tiny_settings
+
+from captioning import training
+from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.config import DistillationConfig, EncoderConfig, HardConfig, SelfCriticalConfig, Settings
+from captioning.data import CaptionData
+from captioning.distillation import Teachers, load_teachers
+from captioning.losses import expected_nll, word_nll
+from captioning.models.captioner import CaptioningModel
+from captioning.objective import teacher_forced
+from captioning.run import start
+
+FROZEN = EncoderConfig(name="resnet18", layer="layer2", weights=None, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_data, tmp_path_factory) -> list[str]:
+    """Two trained models on frozen pixels."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for seed in (1, 2):
+        training.train(tiny_settings(tiny_data, folder / str(seed), encoder=FROZEN, epochs=1, seed=seed))
+    return [str(folder / "1"), str(folder / "2" / "best")]
+
+
+def taught(data: Path, output: Path, teachers: list[str], weight: float = 0.5, **changes: Any) -> Settings:
+    changes = {"encoder": FROZEN, **changes}
+    return tiny_settings(data, output, distillation=DistillationConfig(tuple(teachers), weight), **changes)
+
+
+def models(paths: list[str]) -> list[CaptioningModel]:
+    folders = [Path(path) if Path(path).name == "best" else Path(path) / "best" for path in paths]
+    return [load_checkpoint(folder).model.eval() for folder in folders]
+
+
+def test_the_nll_of_expected_words_by_hand():
+    # p = (1/2, 1/4, 1/4), q = (1/2, 1/2, 0): -(log 1/2 + log 1/4) / 2 = 1.5 log 2
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log() + 3.0
+    torch.testing.assert_close(expected_nll(logits, torch.tensor([[0.5, 0.5, 0.0]])), torch.tensor([1.5 * math.log(2)]))
+
+
+def test_teachers_who_are_sure_of_the_caption_are_its_nll():
+    logits, targets = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    sure = torch.eye(9)[targets]
+    torch.testing.assert_close(expected_nll(logits, sure), word_nll(logits, targets))
+
+
+def test_several_teachers_speak_with_their_mean(teachers, tiny_data, tmp_path):
+    images, captions = first_batch(tiny_settings(tiny_data, tmp_path / "run"))
+    found = Teachers(models(teachers))(images, captions)
+    with torch.no_grad():
+        outputs = [model(images, captions) for model in models(teachers)]
+    expected = torch.stack([output.logits.softmax(dim=-1) for output in outputs]).mean(dim=0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(len(found)))
+
+
+def test_copies_of_a_caption_get_what_is_expected_of_each(teachers, tiny_data, tmp_path):
+    images, captions = first_batch(tiny_settings(tiny_data, tmp_path / "run"))
+    voice = Teachers(models(teachers))
+    torch.testing.assert_close(voice(images, captions, samples=3), voice(images, captions.repeat_interleave(3, dim=1)))
+
+
+def test_a_student_who_expects_what_its_teacher_does_has_nothing_to_learn(teachers, tiny_data, tmp_path):
+    # The gradient of -sum q log p is p - q at the logits: none where p = q; and the loss is then the entropy of q.
+    no_dropout = dataclasses.replace(TINY["decoder"], dropout=0.0)
+    settings = taught(tiny_data, tmp_path / "run", teachers[:1], 1.0, init_from=teachers[0], decoder=no_dropout)
+    settings = dataclasses.replace(settings, loss=dataclasses.replace(settings.loss, lambda_ds=0.0))
+    run = start(settings)
+    images, captions = first_batch(settings)
+    objective = teacher_forced(run, images, captions)
+    objective.loss.backward()
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    assert len(gradients) > 10
+    assert max(float(gradient.abs().max()) for gradient in gradients) < 1e-6
+    q = Teachers(models(teachers[:1]))(images, captions)
+    torch.testing.assert_close(objective.loss.detach(), torch.distributions.Categorical(probs=q).entropy().mean())
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_the_weight_shares_the_loss_out(weight, teachers, tiny_data, tmp_path):
+    settings = taught(tiny_data, tmp_path / "run", teachers, weight)
+    settings = dataclasses.replace(settings, loss=dataclasses.replace(settings.loss, lambda_ds=0.0))
+    run = start(settings)
+    images, captions = first_batch(settings)
+    run.model.eval()
+    objective = teacher_forced(run, images, captions)
+    output = run.model(images, captions)
+    q = Teachers(models(teachers))(images, captions)
+    nll, expected = word_nll(output.logits, output.targets).mean(), expected_nll(output.logits, q).mean()
+    torch.testing.assert_close(objective.loss, (1 - weight) * nll + weight * expected)
+    torch.testing.assert_close(objective.means["nll"], nll)
+
+
+def test_teachers_are_not_trained_and_see_what_the_student_sees(teachers, tiny_data, tmp_path):
+    run = start(taught(tiny_data, tmp_path / "run", teachers))
+    before = [{name: x.clone() for name, x in model.state_dict().items()} for model in run.teachers.models]
+    training.train_epoch(run, {"now": False})
+    for model, old in zip(run.teachers.models, before, strict=True):
+        assert not model.training
+        assert all(torch.equal(x, old[name]) for name, x in model.state_dict().items())
+
+
+HARD_STUDENT = HardConfig(baseline="leave_one_out", samples=2)
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_a_taught_run_interrupted_and_resumed_ends_with_the_same_bits(hard, teachers, tiny_data, tmp_path, monkeypatch):
+    changes = vars(hard_settings(tiny_data, tmp_path, HARD_STUDENT)) if hard else {}
+    changes = {name: changes[name] for name in ("decoder", "hard") if name in changes}
+    real_step, steps = training.train_step, 0
+
+    def step_then_signal(run, batch):
+        nonlocal steps
+        steps += 1
+        result = real_step(run, batch)
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    training.train(taught(tiny_data, tmp_path / "whole", teachers, epochs=1, **changes))
+    settings = taught(tiny_data, tmp_path / "run", teachers, epochs=1, **changes)
+    monkeypatch.setattr(training, "train_step", step_then_signal)
+    with pytest.raises(training.Interrupted):
+        training.train(settings)
+    monkeypatch.undo()
+    training.train(dataclasses.replace(settings, resume=True))
+    whole = saved_bits(tmp_path / "whole")
+    assert same_bits(saved_bits(tmp_path / "run"), whole)
+    training.train(taught(tiny_data, tmp_path / "other", teachers[:1], epochs=1, **changes))
+    assert not same_bits(saved_bits(tmp_path / "other"), whole)
+
+
+def test_a_checkpoint_names_its_teachers_without_their_folders(teachers, tiny_data, tmp_path):
+    best = training.train(taught(tiny_data, tmp_path / "run", teachers, epochs=1))
+    about = load_checkpoint(best).about
+    assert about["settings"]["distillation"]["teachers"] == ["1", "2/best"]
+
+
+def test_teachers_that_do_not_fit_are_refused(teachers, tiny_data, tiny_annotations, tmp_path):
+    data = CaptionData(tiny_data)
+    with pytest.raises(FileNotFoundError, match="nobody: no checkpoint folder"):
+        load_teachers([str(tmp_path / "nobody")], data, device="cpu")
+    with pytest.raises(ValueError, match=r"distillation\.teachers: .*annotation vectors of another encoder"):
+        load_teachers(teachers, CaptionData(tiny_annotations), device="cpu")
+    foreign = load_checkpoint(Path(teachers[1]))
+    words = [*foreign.vocabulary.words[:-1], "zebra"]
+    save_checkpoint(tmp_path / "foreign", dataclasses.replace(foreign, vocabulary=type(foreign.vocabulary)(words)))
+    with pytest.raises(ValueError, match=r"distillation\.teachers: the vocabulary of .*foreign is not that of"):
+        load_teachers([str(tmp_path / "foreign")], data, device="cpu")
+    assert load_teachers([], data, device="cpu") is None
+
+
+def test_settings_without_a_meaning_are_refused(tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=r"weight must lie in \(0, 1\] \(got 0\.0\)"):
+        DistillationConfig(("a",), 0.0)
+    with pytest.raises(ValueError, match=r"distillation\.weight=0\.7 needs distillation\.teachers"):
+        DistillationConfig(weight=0.7)
+    with pytest.raises(ValueError, match=r"leaves no epoch for distillation\.teachers"):
+        taught(
+            tiny_data, tmp_path, ["a"], epochs=1, init_from="b", self_critical=SelfCriticalConfig(epochs=1, samples=2)
+        )
