@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import math
 import shlex
 import statistics
@@ -33,7 +32,7 @@ import torch
 
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
-from captioning.config import SearchConfig, Settings, one_line, to_dict
+from captioning.config import SearchConfig, Settings, from_dict, one_line, to_dict
 from captioning.data import SPLITS, Batch, CaptionData, CaptionDataset, load_batches
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
@@ -144,13 +143,14 @@ def within_budget(system: System, minutes: float) -> Settings:
     Raises:
         ValueError: its folder holds it with other settings or another budget.
     """
-    asked = {"budget": minutes, "settings": json.loads(json.dumps(to_dict(system.settings)))}
+    asked = {"budget": minutes, "settings": to_dict(system.settings)}
     path = system.folder / "plan.json"
     if not path.is_file():
         seconds = seconds_per_step(system.settings)
         system.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {**asked, "seconds_per_step": seconds, "steps": max(int(60 * minutes / seconds), 1)})
     planned = read_json(path)
+    planned["settings"] = to_dict(from_dict(Settings, planned.get("settings"), f"{path}: settings"))
     for name, value in asked.items():
         if planned.get(name) != value:
             raise ValueError(f"{path}: was made with other {name}; choose another --output, or delete that folder")

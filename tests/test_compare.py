@@ -118,6 +118,18 @@ def test_what_is_finished_is_not_done_again(call, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("steady")
+def test_a_comparison_of_an_older_version_goes_on(call, tmp_path, monkeypatch):
+    # which did not know of a setting that has its default
+    assert call(seeds=(0,))[0] == 0
+    for path in (tmp_path / "out").glob("*/seed0/plan.json"):
+        known = json.loads(path.read_text())
+        del known["settings"]["distillation"], known["settings"]["decoder"]["gate"]
+        path.write_text(json.dumps(known))
+    monkeypatch.setattr(compare, "train", lambda settings: pytest.fail("it was trained again"))
+    assert call(seeds=(0,))[0] == 0
+
+
+@pytest.mark.usefixtures("steady")
 def test_an_interrupted_comparison_goes_on_within_the_system(call, tmp_path, monkeypatch):
     real_step, steps = training.train_step, []
 

@@ -313,6 +313,20 @@ def test_a_finished_run_is_not_overwritten(whole_run, tiny_data):
         training.train(tiny_settings(tiny_data, whole_run))
 
 
+def test_a_run_of_an_older_version_is_resumed(whole_run, tiny_data, tmp_path):
+    # which did not know of a setting that has its default
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "last" / "training.json"
+    state = json.loads(path.read_text())
+    del state["settings"]["distillation"], state["settings"]["decoder"]["gate"]
+    path.write_text(json.dumps(state))
+    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+    state["settings"]["decoder"]["gait"] = "scalar"
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"last: its settings: .*gait"):
+        start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+
+
 def test_a_resumed_run_may_not_change_what_the_weights_depend_on(whole_run, tiny_data):
     settings = tiny_settings(tiny_data, whole_run, resume=True, batch_size=4)
     with pytest.raises(ValueError, match="--resume: batch_size was 8 and is now 4"):
