@@ -91,7 +91,7 @@ def _encoder(options: argparse.Namespace) -> tuple[EncoderConfig | None, dict[st
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} does not go with --encoder {options.encoder}: that checkpoint brings its own")
     checkpoint = load_checkpoint(folder)
-    encoder = dataclasses.replace(checkpoint.encoder, weights=str(folder))
+    encoder = dataclasses.replace(checkpoint.encoder, weights=str(folder), grid=None)  # the layer says it, at any size
     return encoder, checkpoint.model.encoder.network.state_dict()
 
 

@@ -1,6 +1,8 @@
 """Data files of annotation vectors: whose network made them, and mirrored images."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -38,6 +40,20 @@ def test_the_encoder_may_be_that_of_a_checkpoint(tmp_path, tiny_checkpoint):
     with torch.no_grad():
         a = checkpoint.model.encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
     torch.testing.assert_close(data.image(2).float(), a, rtol=2e-3, atol=2e-3)
+
+
+def test_a_checkpoints_encoder_may_see_larger_pictures(tmp_path, tiny_checkpoint):
+    # its grid is finer then, whatever the checkpoint says of its own
+    root, folder = photos(tmp_path / "in", 3), tmp_path / "named"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["encoder"]["grid"] = load_checkpoint(tiny_checkpoint).model.encoder.grid[0]
+    (folder / "config.json").write_text(json.dumps(config))
+    words = command(root, tmp_path / "d.h5", "--encoder", str(folder), "--device", "cpu", size=64)
+    assert main(words) == 0
+    data = CaptionData(tmp_path / "d.h5")
+    assert data.encoder.image_size == 64
+    assert data.grid == (8, 8)
 
 
 def test_a_checkpoints_encoder_takes_no_other_weights(tmp_path, tiny_checkpoint, capsys):
