@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_hard_training import first_batch, hard_settings
-from test_training import TINY, same_bits, saved_bits, tiny_settings
+from test_training import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 from captioning import training
 from captioning.checkpoint import load_checkpoint, save_checkpoint
@@ -116,25 +114,12 @@ HARD_STUDENT = HardConfig(baseline="leave_one_out", samples=2)
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
-def test_a_taught_run_interrupted_and_resumed_ends_with_the_same_bits(hard, teachers, tiny_data, tmp_path, monkeypatch):
+def test_a_taught_run_interrupted_and_resumed_ends_with_the_same_bits(hard, teachers, tiny_data, tmp_path):
     changes = vars(hard_settings(tiny_data, tmp_path, HARD_STUDENT)) if hard else {}
     changes = {name: changes[name] for name in ("decoder", "hard") if name in changes}
-    real_step, steps = training.train_step, 0
-
-    def step_then_signal(run, batch):
-        nonlocal steps
-        steps += 1
-        result = real_step(run, batch)
-        if steps == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
     training.train(taught(tiny_data, tmp_path / "whole", teachers, epochs=1, **changes))
     settings = taught(tiny_data, tmp_path / "run", teachers, epochs=1, **changes)
-    monkeypatch.setattr(training, "train_step", step_then_signal)
-    with pytest.raises(training.Interrupted):
-        training.train(settings)
-    monkeypatch.undo()
+    train_interrupted(settings, 3)
     training.train(dataclasses.replace(settings, resume=True))
     whole = saved_bits(tmp_path / "whole")
     assert same_bits(saved_bits(tmp_path / "run"), whole)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import ROOT, TINY, same_bits, saved_bits, tiny_settings
+from test_training import ROOT, TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 import caption as caption_command
 from captioning import evaluate, training
@@ -46,24 +45,10 @@ def first_batch(settings: Settings):
 
 
 @pytest.mark.parametrize("hard", ESTIMATORS, ids=lambda hard: f"{hard.baseline}-{hard.relaxation}")
-def test_a_hard_run_interrupted_and_resumed_ends_with_the_same_bits(hard, tiny_data, tmp_path, monkeypatch):
+def test_a_hard_run_interrupted_and_resumed_ends_with_the_same_bits(hard, tiny_data, tmp_path):
     training.train(hard_settings(tiny_data, tmp_path / "whole", hard))
-    steps = 0
-    real_step = training.train_step
-
-    def step_then_signal(run, batch):
-        nonlocal steps
-        steps += 1
-        result = real_step(run, batch)
-        if steps == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
     settings = hard_settings(tiny_data, tmp_path / "run", hard)
-    monkeypatch.setattr(training, "train_step", step_then_signal)
-    with pytest.raises(training.Interrupted):
-        training.train(settings)
-    monkeypatch.undo()
+    train_interrupted(settings, 2)
     training.train(dataclasses.replace(settings, resume=True))
     whole = saved_bits(tmp_path / "whole")
     assert same_bits(saved_bits(tmp_path / "run"), whole)

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_training import train_interrupted
 from torch import Tensor
 
 from captioning import training
@@ -226,24 +226,10 @@ def whole_run(tiny_annotations, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("stop_after", [STEPS - 1, STEPS, STEPS + 1, STEPS + 2])
 def test_a_run_interrupted_in_or_before_the_phase_and_resumed_ends_with_the_same_bits(
-    stop_after, whole_run, tiny_annotations, tmp_path, monkeypatch
+    stop_after, whole_run, tiny_annotations, tmp_path
 ):
-    steps = 0
-    real_step = training.train_step
-
-    def step_then_signal(run, batch):
-        nonlocal steps
-        steps += 1
-        result = real_step(run, batch)
-        if steps == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
     settings = tiny_settings(tiny_annotations, tmp_path / "run")
-    monkeypatch.setattr(training, "train_step", step_then_signal)
-    with pytest.raises(training.Interrupted):
-        training.train(settings)
-    monkeypatch.undo()
+    train_interrupted(settings, stop_after)
     training.train(dataclasses.replace(settings, resume=True))
     one, other = saved_bits(tmp_path / "run"), saved_bits(whole_run)
     assert one.keys() == other.keys()

@@ -67,26 +67,30 @@ def whole_run(tiny_data, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("stop_after", range(1, STEPS))
-def test_a_run_interrupted_after_any_step_and_resumed_ends_with_the_same_bits(
-    stop_after, whole_run, tiny_data, tmp_path, monkeypatch
-):
-    steps = 0
-    real_step = training.train_step
+def train_interrupted(settings: Settings, after: int) -> None:
+    """Train until a signal comes, after so many steps."""
+    real_step, steps = training.train_step, 0
 
     def step_then_signal(run, batch):
         nonlocal steps
         steps += 1
         result = real_step(run, batch)
-        if steps == stop_after:
+        if steps == after:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", step_then_signal)
+        with pytest.raises(training.Interrupted, match="--resume true"):
+            training.train(settings)
+
+
+@pytest.mark.parametrize("stop_after", range(1, STEPS))
+def test_a_run_interrupted_after_any_step_and_resumed_ends_with_the_same_bits(
+    stop_after, whole_run, tiny_data, tmp_path
+):
     settings = tiny_settings(tiny_data, tmp_path / "run")
-    monkeypatch.setattr(training, "train_step", step_then_signal)
-    with pytest.raises(training.Interrupted, match="--resume true"):
-        training.train(settings)
-    monkeypatch.undo()
+    train_interrupted(settings, stop_after)
     training.train(dataclasses.replace(settings, resume=True))
     assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
 
@@ -121,9 +125,7 @@ def test_max_steps_ends_the_run_and_its_schedule(max_steps, batches, tiny_data, 
 
 
 @pytest.mark.parametrize("stop_after", [2, 5, 6])
-def test_a_run_with_max_steps_is_validated_at_its_end_and_resumes_to_the_same_bits(
-    stop_after, tiny_data, tmp_path, monkeypatch
-):
+def test_a_run_with_max_steps_is_validated_at_its_end_and_resumes_to_the_same_bits(stop_after, tiny_data, tmp_path):
     validation = dataclasses.replace(TINY["validation"], every=9)
     settings = tiny_settings(tiny_data, tmp_path / "whole", max_steps=6, epochs=5, validation=validation)
     training.train(settings)
@@ -132,19 +134,8 @@ def test_a_run_with_max_steps_is_validated_at_its_end_and_resumes_to_the_same_bi
     assert progress["words"] > 0
     assert progress["seconds"] > 0
 
-    real_step = training.train_step
-
-    def step_then_signal(run, batch):
-        result = real_step(run, batch)
-        if run.progress.step + 1 == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
     again = dataclasses.replace(settings, output=str(tmp_path / "again"))
-    monkeypatch.setattr(training, "train_step", step_then_signal)
-    with pytest.raises(training.Interrupted):
-        training.train(again)
-    monkeypatch.undo()
+    train_interrupted(again, stop_after)
     for _ in range(2):  # the second time there is nothing left to do
         training.train(dataclasses.replace(again, resume=True))
     assert same_bits(saved_bits(tmp_path / "again"), saved_bits(tmp_path / "whole"))
