@@ -121,8 +121,7 @@ def seconds_per_step(settings: Settings) -> float:
         loader = load_batches(dataset, batches, **options)
         warm = min(WARM, len(batches) // 2)
         run.wrapped.train()
-        for batch in itertools.islice(loader, warm):
-            train_step(run, batch)
+        _seconds(run, itertools.islice(loader, warm))
         rounds = [seconds for _ in range(ROUNDS) if (seconds := _seconds(run, itertools.islice(loader, TIMED)))]
         if run.writer is not None:
             run.writer.close()

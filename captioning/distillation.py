@@ -14,6 +14,7 @@ from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
 from captioning.data import CaptionData
 from captioning.evaluate import check_fits
+from captioning.losses import by_word
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
 
@@ -44,8 +45,7 @@ class Teachers:
         if samples == 1:
             return mean
         mask = outputs[0].mask
-        rows = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
-        rows[mask] = torch.arange(len(mean), device=mask.device)
+        rows = by_word(torch.arange(len(mean), device=mask.device), mask)
         return mean[rows.repeat_interleave(samples, dim=1)[mask.repeat_interleave(samples, dim=1)]]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
 
@@ -35,7 +35,7 @@ def doubly_stochastic_penalty(alphas: Float[Tensor, "N K T L"], mask: Bool[Tenso
     return (1 - attended).square().mean(dim=-1) * mask.any(dim=-1)
 
 
-def by_word(values: Float[Tensor, " W"], mask: Bool[Tensor, "N K T"]) -> Float[Tensor, "N K T"]:
+def by_word(values: Shaped[Tensor, " W"], mask: Bool[Tensor, "N K T"]) -> Shaped[Tensor, "N K T"]:
     """Values of the real words back at their places; 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 

@@ -302,7 +302,7 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
     """The model with its provenance."""
     packages = ("torch", "torchvision", "accelerate", "show-attend-tell")
     settings = to_dict(run.settings)
-    for owner, name in ((settings, "data"), (settings, "output"), (settings["encoder"], "weights")):
+    for owner, name in (*((settings, x) for x in ("data", "output", "init_from")), (settings["encoder"], "weights")):
         owner[name] = owner[name] and short_name(owner[name])  # a checkpoint travels: folders of this machine stay here
     taught = settings["distillation"]
     taught["teachers"] = [short_name(teacher) for teacher in taught["teachers"]]
