@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Integer, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
@@ -20,7 +20,7 @@ from captioning.models.decoder import Output
 
 
 class Teachers:
-    """Trained models that say what they expect; nothing of them is trained.
+    """Trained models that say what they expect; nothing of them is trained. Those with equal encoders share one.
 
     Args:
         models: at least one, all with the student's vocabulary; hard attention looks at its argmax.
@@ -28,6 +28,9 @@ class Teachers:
 
     def __init__(self, models: Sequence[CaptioningModel]):
         self.models = [model.eval().requires_grad_(False) for model in models]
+        for i, model in enumerate(self.models):
+            encoders = (other.encoder for other in self.models[: i + 1])
+            model.encoder = next(encoder for encoder in encoders if _alike(encoder, model.encoder))
 
     @torch.no_grad()
     def __call__(
@@ -40,13 +43,21 @@ class Teachers:
             captions: framed by START and END.
             samples: how often the student has each caption, one copy beside the other (`hard.samples`).
         """
-        outputs: list[Output] = [model(images, captions) for model in self.models]
+        encoders = {model.encoder for model in self.models}
+        vectors = {encoder: encoder(images) if images.dim() == 4 else images for encoder in encoders}
+        outputs: list[Output] = [model(vectors[model.encoder], captions) for model in self.models]
         mean = torch.stack([output.logits.float().softmax(dim=-1) for output in outputs]).mean(dim=0)
         if samples == 1:
             return mean
         mask = outputs[0].mask
         rows = by_word(torch.arange(len(mean), device=mask.device), mask)
         return mean[rows.repeat_interleave(samples, dim=1)[mask.repeat_interleave(samples, dim=1)]]
+
+
+def _alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules hold the same tensors."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def load_teachers(paths: Sequence[str], data: CaptionData, *, device: str | torch.device) -> Teachers | None:

@@ -70,6 +70,22 @@ def test_copies_of_a_caption_get_what_is_expected_of_each(teachers, tiny_data, t
     torch.testing.assert_close(voice(images, captions, samples=3), voice(images, captions.repeat_interleave(3, dim=1)))
 
 
+def test_teachers_with_equal_encoders_look_once(teachers, tiny_data, tmp_path):
+    images, captions = first_batch(tiny_settings(tiny_data, tmp_path / "run"))
+    looks = []
+    voice = Teachers(models([teachers[0], teachers[0], teachers[1]]))
+    for model in voice.models:
+        model.encoder.register_forward_hook(lambda encoder, *_: looks.append(encoder), always_call=True)
+    first, again, other = (model.encoder for model in voice.models)
+    assert first is again
+    assert other is not first
+    found = voice(images, captions)
+    assert len({id(encoder) for encoder in looks}) == 2
+    assert looks.count(first) == 2  # two hooks on the one encoder, which ran once
+    thirds = [Teachers(models([path]))(images, captions) for path in (teachers[0], teachers[0], teachers[1])]
+    torch.testing.assert_close(found, torch.stack(thirds).mean(dim=0))
+
+
 def test_a_student_who_expects_what_its_teacher_does_has_nothing_to_learn(teachers, tiny_data, tmp_path):
     # The gradient of -sum q log p is p - q at the logits: none where p = q; and the loss is then the entropy of q.
     no_dropout = dataclasses.replace(TINY["decoder"], dropout=0.0)
