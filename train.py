@@ -11,12 +11,14 @@ Every setting can be overridden (`--help` lists them), and an interrupted run go
 import sys
 from collections.abc import Sequence
 
+from captioning.memory import keep_memory
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Settings -> training; 2 after a mistake of the user, 130 after an interruption."""
+    keep_memory()
     try:
         best = train(parse_settings(arguments))
     except (ValueError, OSError) as error:

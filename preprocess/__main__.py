@@ -17,6 +17,7 @@ from torch import Tensor
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
 from captioning.config import EncoderConfig, one_line
+from captioning.memory import keep_memory
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
 from preprocess.shapes import Scene, instances
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, 2 for a mistake of the user (one line on standard error), 130 when interrupted.
     """
     options = _parser().parse_args(arguments)
+    keep_memory()
     try:
         print(_report(_run(options), options.output))
     except (ValueError, OSError) as error:

@@ -16,6 +16,7 @@ COMMANDS = {
     "train_step": ["--images", "2", "--product", "8", *TOY],
     "beam_search": ["--images", "2", "--product", "8", "--words", "3", *TOY],
     "preprocess": ["--count", "3", "--image-size", "64", "--batch-size", "2", "--repeats", "1", "--workers", "0"],
+    "finetune_step": ["--batch-size", "1", "--image-size", "64", "--repeats", "1"],
     "epoch": ["--count", "12", "--steps", "1", "--decoder.hidden_dim", "8", "--batch_size", "4"],
 }
 SIZES = Sizes(images=3, captions=2, locations=5, annotation_dim=6, dim=4, attention_dim=7, vocabulary=30)

@@ -18,7 +18,7 @@ SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"
 
 # The order of import: a module may import those of earlier rows, and of its own row those that stand before it.
 ORDER = (
-    ("files", "checks", "model_config", "config", "tokenization", "diagnostics", "word_classes"),
+    ("memory", "files", "checks", "model_config", "config", "tokenization", "diagnostics", "word_classes"),
     ("vocabulary", "images", "results", "settings"),
     ("data",),
     (
@@ -31,7 +31,7 @@ ORDER = (
         "models.decoder",
     ),
     ("models.baselines", "models.luong", "models.transformer", "models.registry"),
-    ("models.encoder", "models.regions", "models.captioner", "models"),
+    ("models.depthwise", "models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
     ("rewards", "visualize"),
     ("api", "evaluate", "distillation", "run", "objective", "self_critical", "training", "compare"),

@@ -18,6 +18,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from captioning.config import EncoderConfig, one_line
+from captioning.models.depthwise import quicken
 
 _RESNETS = list_models(module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
 
@@ -138,6 +139,8 @@ def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = No
     cut = create_feature_extractor(network, {node.name: "a"}, suppress_diff_warning=True)
     if state is not None:
         _load(cut, state, "the stored encoder")
+    if config.train_from is not None:
+        quicken(cut)
     encoder = Encoder(
         cut,
         grid=(node.height, node.width),
