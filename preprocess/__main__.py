@@ -52,7 +52,8 @@ def _interrupt(*_: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> Summary:
-    settings = BuildSettings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(BuildSettings)})
+    encoder, encoder_state = _encoder(options)
+    settings = _settings(options, encoder if encoder_state is not None else None)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1 (got {options.limit})")
     for path in _paths(options, "images"):
@@ -65,7 +66,6 @@ def _run(options: argparse.Namespace) -> Summary:
     if options.source == "shapes":
         records[0].image.render(settings.image_size)  # a picture too small to draw is refused now
         companions[options.output.with_suffix(".instances.json")] = lambda: _instances(records, settings.image_size)
-    encoder, encoder_state = _encoder(options)
     return build(
         records,
         _source(options),
@@ -78,6 +78,14 @@ def _run(options: argparse.Namespace) -> Summary:
         overwrite=options.overwrite,
         companions=companions,
     )
+
+
+def _settings(options: argparse.Namespace, trained: EncoderConfig | None) -> BuildSettings:
+    """The settings given; size and fit, when they are not, are those that a checkpoint's encoder was trained with."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildSettings) if hasattr(options, f.name)}
+    if trained is not None:
+        given = {"image_size": trained.image_size, "fit": trained.fit, **given}
+    return BuildSettings(**given)
 
 
 def _encoder(options: argparse.Namespace) -> tuple[EncoderConfig | None, dict[str, Tensor] | None]:
@@ -207,8 +215,11 @@ def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--output", type=Path, required=True, help="the HDF5 file")
     parser.add_argument("--overwrite", action="store_true", help="replace the output, and others' unfinished leftovers")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the square images, pixels")
-    parser.add_argument("--fit", choices=["crop", "squash"], default="crop", help="how a photo becomes square")
+    own = argparse.SUPPRESS  # when it is not given: shapes and a checkpoint have their own
+    size = f"side of the square images, pixels (default: {BuildSettings.image_size}, or the checkpoint's; shapes: 64)"
+    parser.add_argument("--image-size", type=int, default=own, help=size)
+    fit = f"how a photo becomes square (default: {BuildSettings.fit}, or the checkpoint's)"
+    parser.add_argument("--fit", choices=["crop", "squash"], default=own, help=fit)
     parser.add_argument("--min-count", type=int, default=5, help="rarer words of the train split become <unk>")
     parser.add_argument("--max-words", type=int, default=10_000, help="largest vocabulary")
     parser.add_argument("--max-length", type=int, default=50, help="words of a caption that are trained on")

@@ -56,6 +56,23 @@ def test_a_checkpoints_encoder_may_see_larger_pictures(tmp_path, tiny_checkpoint
     assert data.grid == (8, 8)
 
 
+def test_a_checkpoints_encoder_sees_what_it_was_trained_on_unless_told(tmp_path, tiny_checkpoint):
+    root, folder = photos(tmp_path / "in", 3), tmp_path / "named"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["encoder"] |= {"image_size": 48, "fit": "squash", "grid": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = command(root, tmp_path / "d.h5", "--encoder", str(folder), "--device", "cpu")
+    at = words.index("--image-size")
+    assert main([*words[:at], *words[at + 2 :]]) == 0
+    data = CaptionData(tmp_path / "d.h5")
+    assert (data.settings["image_size"], data.settings["fit"]) == (48, "squash")
+    assert (data.encoder.image_size, data.encoder.fit) == (48, "squash")
+    assert main([*words, "--fit", "crop", "--overwrite"]) == 0
+    data = CaptionData(tmp_path / "d.h5")
+    assert (data.settings["image_size"], data.settings["fit"]) == (32, "crop")
+
+
 def test_a_checkpoints_encoder_takes_no_other_weights(tmp_path, tiny_checkpoint, capsys):
     root = photos(tmp_path / "in", 3)
     words = command(root, tmp_path / "d.h5", "--encoder", str(tiny_checkpoint), "--weights", "null")
