@@ -151,7 +151,8 @@ class Captioner:
 
     def _batch(self, photos: list[Image.Image], config: SearchConfig, generator: torch.Generator) -> list[Caption]:
         encoder = self.checkpoint.encoder
-        pixels = np.stack([to_array(to_square(photo, encoder.image_size, encoder.fit)) for photo in photos])
+        squares = [to_square(photo, encoder.image_size, encoder.fit, encoder.resample) for photo in photos]
+        pixels = np.stack([to_array(square) for square in squares])
         with torch.no_grad():
             a = self.model.annotate(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
         found = search(self.model.decoder, a, config, generator=generator)

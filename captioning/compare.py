@@ -33,12 +33,12 @@ import torch
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
 from captioning.config import SearchConfig, Settings, from_dict, one_line, to_dict
-from captioning.data import SPLITS, Batch, CaptionData, CaptionDataset, load_batches
+from captioning.data import SPLITS, Batch, CaptionData, load_batches
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
 from captioning.files import fresh_file
 from captioning.images import open_image
-from captioning.run import Run, plan, start
+from captioning.run import Run, plan, start, training_set
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train, train_step
 
@@ -116,7 +116,7 @@ def seconds_per_step(settings: Settings) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = start(dataclasses.replace(settings, output=str(Path(folder) / "run"), resume=False))
         batches = plan(settings, run.data, epoch=0)[: WARM + ROUNDS * TIMED]
-        dataset = CaptionDataset(run.data, image_size=run.encoder.image_size, augment=settings.augment)
+        dataset = training_set(run)
         options = {"captions_per_image": settings.captions_per_image, "workers": min(settings.workers, len(batches))}
         loader = load_batches(dataset, batches, **options)
         warm = min(WARM, len(batches) // 2)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from captioning.config import EncoderConfig, from_dict
+from captioning.model_config import Resample
 from captioning.vocabulary import END, PAD, START, Vocabulary
 
 SCHEMA = "show-attend-tell/1"
@@ -212,18 +213,22 @@ class CaptionDataset(Dataset[Item]):
     Args:
         data: pixels, or annotation vectors.
         image_size: side of the square that pixels become.
+        resample: the filter by which they do.
         augment: none, flip, crop or crop_flip; of annotation vectors none, and flip where mirrored ones are stored.
 
     Raises:
         ValueError: the data cannot be augmented so.
     """
 
-    def __init__(self, data: CaptionData, *, image_size: int = 0, augment: str = "none"):
+    def __init__(
+        self, data: CaptionData, *, image_size: int = 0, resample: Resample = "bicubic", augment: str = "none"
+    ):
         check_augment(data, augment)
         self.data = data
         self.flip = data.kind == ANNOTATIONS and augment == "flip"
         same = augment == "none" and data.image_shape[0] == image_size
-        self.transform = None if same or data.kind == ANNOTATIONS else build_augmentation(augment, image_size)
+        plain = same or data.kind == ANNOTATIONS
+        self.transform = None if plain else build_augmentation(augment, image_size, resample)
 
     def __getitem__(self, sample: Sample) -> Item:
         image = self.data.image(sample.image, mirrored=self.flip and sample.seed % 2 == 1)
@@ -245,13 +250,14 @@ def check_augment(data: CaptionData, augment: str) -> None:
         raise ValueError(f"augment={augment!r}: {data.path} stores annotation vectors; allowed: {stored}")
 
 
-def build_augmentation(augment: str, image_size: int) -> v2.Transform:
+def build_augmentation(augment: str, image_size: int, resample: Resample = "bicubic") -> v2.Transform:
     """The training transform of uint8 (3, S, S) to (3, image_size, image_size): none, flip, crop or crop_flip."""
     steps: list[v2.Transform] = []
+    how: Any = {"interpolation": v2.InterpolationMode(resample), "antialias": True}
     if "crop" in augment:
-        steps.append(v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), antialias=True))
+        steps.append(v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), **how))
     else:
-        steps.append(v2.Resize((image_size, image_size), antialias=True))
+        steps.append(v2.Resize((image_size, image_size), **how))
     if "flip" in augment:
         steps.append(v2.RandomHorizontalFlip())
     return v2.Compose(steps)

@@ -215,7 +215,7 @@ def caption_batches(
     model: CaptioningModel, data: CaptionData, indices: Sequence[int], vocabulary: Vocabulary, *, batch_size: int
 ) -> Iterator[Batch]:
     """Images with up to CAPTIONS captions each, in the words of the model; batches of equal size, none of one image."""
-    resize = build_augmentation("none", model.encoder.image_size)
+    resize = build_augmentation("none", model.encoder.image_size, model.encoder.resample)
     collate = Collate(min(CAPTIONS, max(len(data.captions_of(i)) for i in indices)))
     count = min(-(-len(indices) // batch_size), max(len(indices) // 2, 1))
     for part in np.array_split(np.asarray(indices), count):

@@ -69,7 +69,7 @@ def caption_split(
         The best caption of each image, by its name.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    resize = build_augmentation("none", model.encoder.image_size)
+    resize = build_augmentation("none", model.encoder.image_size, model.encoder.resample)
     found: dict[str, SplitCaption] = {}
     with torch.no_grad():
         for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from captioning.config import one_line
-from captioning.model_config import Fit
+from captioning.model_config import Fit, Resample
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
@@ -88,7 +88,7 @@ def visible_box(width: int, height: int, fit: Fit) -> Box:
     return Box(left, top, left + side, top + side)
 
 
-def to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+def to_square(image: Image.Image, size: int, fit: Fit, resample: Resample = "bicubic") -> Image.Image:
     """The network's input: the visible box of an RGB image, resampled to (size, size).
 
     One resampling step maps the box (with its sub-pixel edges) onto the square, so that `visible_box` is its exact
@@ -97,7 +97,7 @@ def to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
     if image.size == (size, size):
         return image
     box = visible_box(*image.size, fit)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    return image.resize((size, size), Image.Resampling[resample.upper()], box=box, reducing_gap=3.0)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Literal
 from captioning.checks import fraction, positive, unread
 
 Fit = Literal["crop", "squash"]
+Resample = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class EncoderConfig:
             state dict, or null for random weights.
         image_size: side of the square input in pixels.
         fit: how a photo becomes square: crop (shorter side, then the centre) or squash (both sides, aspect is lost).
+        resample: the filter by which it gets its size. Other filters cost score: docs/results.md.
         train_from: null freezes the network; all, or the name of the first stage that is trained, e.g. features.14.
         batch_norm: frozen keeps the running statistics while training, train updates them (networks from scratch).
     """
@@ -30,6 +32,7 @@ class EncoderConfig:
     weights: str | None = "DEFAULT"
     image_size: int = 224
     fit: Fit = "crop"
+    resample: Resample = "bicubic"
     train_from: str | None = None
     batch_norm: Literal["frozen", "train"] = "frozen"
 

@@ -29,7 +29,7 @@ from captioning.checkpoint import (
     write_json,
 )
 from captioning.config import EncoderConfig, Settings, from_dict, to_dict
-from captioning.data import ANNOTATIONS, CaptionData, Sample, check_augment, plan_epoch
+from captioning.data import ANNOTATIONS, CaptionData, CaptionDataset, Sample, check_augment, plan_epoch
 from captioning.distillation import Teachers, load_teachers
 from captioning.files import short_name
 from captioning.models.captioner import CaptioningModel
@@ -257,6 +257,14 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
             f"encoder.train_from={config.train_from!r} needs pixels; {data.path} stores annotation vectors"
         )
     return stored
+
+
+def training_set(run: Run) -> CaptionDataset:
+    """The images and captions of a run, as its encoder sees them."""
+    encoder = run.encoder
+    return CaptionDataset(
+        run.data, image_size=encoder.image_size, resample=encoder.resample, augment=run.settings.augment
+    )
 
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:

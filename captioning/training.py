@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from captioning.checkpoint import save_checkpoint
 from captioning.config import Settings
-from captioning.data import Batch, CaptionDataset, load_batches, shard
+from captioning.data import Batch, load_batches, shard
 from captioning.diagnosis import diagnose
 from captioning.diagnostics import collapse
 from captioning.evaluate import caption_split
 from captioning.metrics import score
 from captioning.objective import teacher_forced
 from captioning.optimization import set_learning_rate
-from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start
+from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start, training_set
 from captioning.self_critical import self_critical_sampled
 
 
@@ -102,7 +102,7 @@ def train_epoch(run: Run, stop: dict[str, bool]) -> float:
     if not batches:  # resumed between the last step of an epoch and its validation
         return 0.0
     mine = shard(batches, run.accelerator.process_index, run.accelerator.num_processes)
-    dataset = CaptionDataset(run.data, image_size=run.encoder.image_size, augment=settings.augment)
+    dataset = training_set(run)
     workers = min(settings.workers, len(mine))
     loader = load_batches(dataset, mine, captions_per_image=settings.captions_per_image, workers=workers)
     run.wrapped.train()

@@ -261,7 +261,8 @@ def _read_images(
     """
     size = settings.batch_size
     batches = [range(i, min(i + size, len(records))) for i in range(0, len(records), size)]
-    pictures = Pictures(records, size=settings.image_size, fit=settings.fit)
+    resample = annotator.config.resample if annotator else "bicubic"
+    pictures = Pictures(records, size=settings.image_size, fit=settings.fit, resample=resample)
     done = partial.kept + len(partial.broken)
     todo = batches[partial.batches :]
     yield

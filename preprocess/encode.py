@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from captioning.config import EncoderConfig, one_line
 from captioning.files import short_name
 from captioning.images import open_image, to_array, to_square
-from captioning.model_config import Fit
+from captioning.model_config import Fit, Resample
 from captioning.models.encoder import build_encoder
 from preprocess.sources import Record
 
@@ -30,10 +30,11 @@ class Decoded(NamedTuple):
 class Pictures(Dataset[Decoded]):
     """Reads the records of a range as squares of `size` pixels."""
 
-    def __init__(self, records: Sequence[Record], *, size: int, fit: Fit):
+    def __init__(self, records: Sequence[Record], *, size: int, fit: Fit, resample: Resample = "bicubic"):
         self.records = records
         self.size = size
         self.fit = fit
+        self.resample: Resample = resample
 
     def __getitem__(self, numbers: range) -> Decoded:
         arrays = []
@@ -42,7 +43,7 @@ class Pictures(Dataset[Decoded]):
             image = self.records[i].image
             try:
                 whole = open_image(image) if isinstance(image, Path) else image.render(self.size)
-                arrays.append(to_array(to_square(whole, self.size, self.fit)))
+                arrays.append(to_array(to_square(whole, self.size, self.fit, self.resample)))
             except (ValueError, OSError) as error:
                 broken.append((i, one_line(error).removeprefix(f"{image}: ")))
         return Decoded(np.stack(arrays) if arrays else np.zeros((0, self.size, self.size, 3), np.uint8), broken)

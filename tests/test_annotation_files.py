@@ -60,14 +60,18 @@ def test_a_checkpoints_encoder_sees_what_it_was_trained_on_unless_told(tmp_path,
     root, folder = photos(tmp_path / "in", 3), tmp_path / "named"
     shutil.copytree(tiny_checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["encoder"] |= {"image_size": 48, "fit": "squash", "grid": None}
+    config["encoder"] |= {"image_size": 48, "fit": "squash", "resample": "bilinear", "grid": None}
     (folder / "config.json").write_text(json.dumps(config))
     words = command(root, tmp_path / "d.h5", "--encoder", str(folder), "--device", "cpu")
     at = words.index("--image-size")
     assert main([*words[:at], *words[at + 2 :]]) == 0
     data = CaptionData(tmp_path / "d.h5")
     assert (data.settings["image_size"], data.settings["fit"]) == (48, "squash")
-    assert (data.encoder.image_size, data.encoder.fit) == (48, "squash")
+    assert (data.encoder.image_size, data.encoder.fit, data.encoder.resample) == (48, "squash", "bilinear")
+    pixels = to_array(to_square(open_image(root / "2.png"), 48, "squash", "bilinear")).copy()
+    with torch.no_grad():
+        a = load_checkpoint(folder).model.encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    torch.testing.assert_close(data.image(2).float(), a, rtol=2e-3, atol=2e-3)
     assert main([*words, "--fit", "crop", "--overwrite"]) == 0
     data = CaptionData(tmp_path / "d.h5")
     assert (data.settings["image_size"], data.settings["fit"]) == (32, "crop")

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from captioning.data import (
     ANNOTATIONS,
@@ -24,6 +25,7 @@ from captioning.data import (
     plan_epoch,
     shard,
 )
+from captioning.images import to_array, to_square
 from captioning.models.encoder import build_encoder
 from captioning.tokenization import tokenize
 from captioning.vocabulary import END, PAD, START
@@ -192,6 +194,24 @@ def test_no_augmentation_resizes_only(tiny_data):
     transform = build_augmentation("none", 16)
     image = torch.full((3, 32, 32), 7, dtype=torch.uint8)
     assert torch.equal(transform(image), torch.full((3, 16, 16), 7, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_training_and_captioning_see_the_same_picture(resample):
+    # Stored pixels are resized as tensors, a user's photo by Pillow: the same filter must give the same picture.
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(to_array(small.resize((40, 40), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
+    photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    other = {"bicubic": "bilinear", "bilinear": "bicubic"}[resample]
+    for size in (57, 24):
+        seen = build_augmentation("none", size, resample)(pixels).int()
+        captioned, wrong = (
+            torch.from_numpy(to_array(to_square(photo, size, "squash", filter_)).copy()).permute(2, 0, 1).int()
+            for filter_ in (resample, other)
+        )
+        assert (seen - captioned).abs().max() <= 2
+        assert (seen - wrong).abs().max() > 5
 
 
 def test_a_missing_file_says_what_makes_one(tmp_path):

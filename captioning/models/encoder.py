@@ -18,6 +18,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from captioning.config import EncoderConfig, one_line
+from captioning.model_config import Resample
 from captioning.models.depthwise import quicken
 
 _RESNETS = list_models(module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -58,6 +59,7 @@ class Encoder(nn.Module):
         grid: (h, w) of that map at `image_size`.
         dim: D.
         image_size: side of the input in pixels.
+        resample: the filter by which pictures get that size.
         train_from: None: frozen; "all"; or the first stage (a dotted name) that is trained.
         batch_norm: "frozen" keeps running statistics as they are, "train" updates them.
     """
@@ -72,6 +74,7 @@ class Encoder(nn.Module):
         grid: tuple[int, int],
         dim: int,
         image_size: int,
+        resample: Resample = "bicubic",
         train_from: str | None = None,
         batch_norm: str = "frozen",
     ):
@@ -80,6 +83,7 @@ class Encoder(nn.Module):
         self.grid = grid
         self.dim = dim
         self.image_size = image_size
+        self.resample: Resample = resample
         self.batch_norm = batch_norm
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
@@ -146,6 +150,7 @@ def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = No
         grid=(node.height, node.width),
         dim=node.channels,
         image_size=config.image_size,
+        resample=config.resample,
         train_from=config.train_from,
         batch_norm=config.batch_norm,
     )
