@@ -17,13 +17,15 @@ def keep_memory(*, keep: bool = True) -> bool:
     more memory for it than it needed at its highest, but for what lies between blocks in use.
 
     Args:
-        keep: False brings glibc's own ways back.
+        keep: False brings glibc's own ways back, and gives back what was kept.
 
     Returns:
         Whether that was done; only glibc can be told.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    done = [mallopt(name, value) for name, value in (_KEPT if keep else _DEFAULTS).items()]
+    libc = ctypes.CDLL(None)
+    done = [libc.mallopt(name, value) for name, value in (_KEPT if keep else _DEFAULTS).items()]
+    if not keep:
+        libc.malloc_trim(0)
     return all(done)

@@ -262,9 +262,10 @@ def test_a_missing_checkpoint_names_the_pretrained_ones(call, photos, tmp_path, 
 @pytest.mark.parametrize("folder", sorted(PRETRAINED.iterdir()), ids=lambda folder: folder.name)
 def test_what_comes_with_the_package_captions_a_picture_and_has_a_card(folder, tmp_path):
     make_scene(0, 0).render(200).save(tmp_path / "scene.png")
-    caption = load_captioner(folder.name).caption(tmp_path / "scene.png")[0]
+    captioner = load_captioner(folder.name)
+    caption = captioner.caption(tmp_path / "scene.png")[0]
     assert len(caption.words) > 2
-    assert caption.alphas.shape == (len(caption.words), 7, 7)
+    assert caption.alphas.shape == (len(caption.words), *captioner.model.encoder.grid)
     assert (caption.locations is not None) == folder.name.endswith("-hard")
     assert (folder / "README.md").read_text(encoding="utf-8").startswith(f"# {folder.name}\n")
     assert (folder / "model.safetensors").stat().st_size <= 25e6
