@@ -18,6 +18,7 @@ from PIL import Image
 from benchmarks.report import Line, best_of, options, present
 from captioning.config import EncoderConfig
 from captioning.images import EXTENSIONS
+from captioning.memory import keep_memory
 from preprocess.build import BuildSettings, build
 from preprocess.encode import Annotator
 from preprocess.sources import Record
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
+    keep_memory()  # as the command does
     lines = []
     with tempfile.TemporaryDirectory() as name:
         folder = chosen.images or Path(name)
