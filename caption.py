@@ -24,6 +24,7 @@ from captioning.api import OVERLAYS
 from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.files import fresh_file
 from captioning.images import EXTENSIONS, open_image
+from captioning.memory import keep_memory
 
 
 def image_files(arguments: Sequence[str]) -> list[Path]:
@@ -184,6 +185,7 @@ def print_words(caption: Caption, lines: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
+    keep_memory()
     try:
         code = run(parser().parse_args(arguments))
         sys.stdout.flush()

@@ -24,6 +24,7 @@ from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis, search
 from captioning.diagnosis import Diagnosis, diagnose
+from captioning.memory import keep_memory
 from captioning.metrics import DEFAULT_METRICS, Scores, score
 from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
@@ -245,6 +246,7 @@ def _diagnose(options: argparse.Namespace, checkpoint: Checkpoint, data: Caption
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
+    keep_memory()
     try:
         scores, about, diagnosis = _run(_parser().parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:

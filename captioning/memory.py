@@ -10,7 +10,7 @@ _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: (1 << 31) - 1, _TOP_PAD: 64 << 20}
 
 
 def keep_memory(*, keep: bool = True) -> bool:
-    """Let this process keep what it frees, for the next step of a training wants the same again.
+    """Let this process keep what it frees, for the next batch or step wants the same again.
 
     glibc gives blocks from 32 MiB on back to the system and gets them anew, page by page and filled with zeros. The
     feature maps of a CNN are such blocks; docs/performance.md has what keeping them is worth. A process never takes
