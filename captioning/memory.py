@@ -3,29 +3,24 @@
 import ctypes
 import platform
 
-# The parameters of mallopt(3), malloc.h of glibc, and what they are when nobody sets them.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-_DEFAULTS = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 128 << 10, _TRIM_THRESHOLD: 128 << 10, _TOP_PAD: 128 << 10}
+# The parameters of mallopt(3), malloc.h of glibc.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: (1 << 31) - 1, _TOP_PAD: 64 << 20}
 
 
-def keep_memory(*, keep: bool = True) -> bool:
+def keep_memory() -> bool:
     """Let this process keep what it frees, for the next batch or step wants the same again.
 
     glibc gives blocks from 32 MiB on back to the system and gets them anew, page by page and filled with zeros. The
     feature maps of a CNN are such blocks; docs/performance.md has what keeping them is worth. A process never takes
-    more memory for it than it needed at its highest, but for what lies between blocks in use.
-
-    Args:
-        keep: False brings glibc's own ways back, and gives back what was kept.
+    more memory for it than it needed at its highest, but for what lies between blocks in use. There is no way back:
+    once a threshold is set, glibc no longer adapts it.
 
     Returns:
         Whether that was done; only glibc can be told.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    libc = ctypes.CDLL(None)
-    done = [libc.mallopt(name, value) for name, value in (_KEPT if keep else _DEFAULTS).items()]
-    if not keep:
-        libc.malloc_trim(0)
+    mallopt = ctypes.CDLL(None).mallopt
+    done = [mallopt(name, value) for name, value in _KEPT.items()]
     return all(done)

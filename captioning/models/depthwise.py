@@ -1,7 +1,7 @@
 """Depthwise convolutions with a stride, as MobileNet and EfficientNet have them, trained in bf16 on a CPU.
 
-There the library's way back takes up to twenty times as long as that of the same convolution without a stride. The
-two are one: with stride s, y_s = y_1[::s, ::s], so the gradient of y_s, spread over zeros, is that of y_1.
+There the library's way back takes two to twenty times as long as that of the same convolution without a stride. That
+one will do: with stride s, y_s = y_1[::s, ::s], so the gradient of y_s, spread over zeros, is that of y_1.
 docs/performance.md has what it is worth.
 """
 
