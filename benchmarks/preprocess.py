@@ -5,7 +5,6 @@ are random, which takes the same time.
 """
 
 import io
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -47,10 +46,10 @@ def records_of(folder: Path, count: int) -> list[Record]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = options(str(__doc__).splitlines()[0], count=256, image_size=224, batch_size=32, repeats=3)
+    parser = options(str(__doc__).splitlines()[0], count=1024, image_size=224, batch_size=32, repeats=3)
     parser.add_argument("--images", type=Path, help="folder of photos; without it some are made")
     parser.add_argument("--encoder", default="mobilenet_v2", help="a torchvision network")
-    parser.add_argument("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) - 1)), help="that decode")
+    parser.add_argument("--workers", type=int, help="processes that decode (default: the command's)")
     chosen = parser.parse_args(arguments)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)

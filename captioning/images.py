@@ -44,18 +44,21 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         FileNotFoundError: there is no such file.
         ValueError: not an image, broken, truncated, or larger than `max_pixels`; names the file.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_image(path, max_pixels=max_pixels)
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`open_image` for threads: Pillow's warnings go wherever the process sends them, which is no thread's own."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise ValueError(
-                        f"{image.width}x{image.height} pixels are too many; at most {max_pixels:,} are opened"
-                    )
-                return to_rgb(image)
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many; at most {max_pixels:,} are opened")
+            return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too many pixels; at most {max_pixels:,} are opened") from error
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error) as error:

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import signal
 import sys
@@ -74,7 +73,7 @@ def _run(options: argparse.Namespace) -> Summary:
         encoder=encoder,
         encoder_state=encoder_state,
         device=options.device,
-        workers=options.workers,
+        workers=getattr(options, "workers", None),
         overwrite=options.overwrite,
         companions=companions,
     )
@@ -226,7 +225,8 @@ def _common() -> argparse.ArgumentParser:
     parser.add_argument("--max-missing", type=float, default=0.01, help="share of missing or broken images allowed")
     parser.add_argument("--limit", type=int, help="take only so many images, the first of the source")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) - 1)), help="decoders")
+    decoders = "processes that decode photos, 0: this one (default: 0 with an encoder on the CPU, else up to 4)"
+    parser.add_argument("--workers", type=int, default=own, help=decoders)
     group = parser.add_argument_group("annotation vectors instead of pixels")
     group.add_argument(
         "--encoder",

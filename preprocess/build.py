@@ -105,7 +105,7 @@ def build(
     encoder: EncoderConfig | None = None,
     encoder_state: dict[str, Tensor] | None = None,
     device: str = "auto",
-    workers: int = 1,
+    workers: int | None = None,
     overwrite: bool = False,
     companions: Mapping[Path, Callable[[], str]] | None = None,
 ) -> Summary:
@@ -119,7 +119,7 @@ def build(
         encoder: store annotation vectors of this network instead of pixels; its image size and fit are the settings'.
         encoder_state: its weights, of a checkpoint's encoder; by default the config says where they are.
         device: of the encoder: auto, cpu or cuda.
-        workers: processes that decode photos; 0: this one.
+        workers: processes that decode photos; 0: this one, the default when the encoder is on the CPU.
         overwrite: replace an existing output, and what another unfinished run left.
         companions: text files that belong to the output; they are there before it is.
 
@@ -132,6 +132,7 @@ def build(
     records, dropped = _sort_out(records)
     limit.check(dropped)
     annotator = _annotator(encoder, encoder_state, settings, device)
+    workers = _workers(workers, annotator)
     partial = Partial(
         output.with_name(f"{output.name}.partial"),
         _fingerprint(records, source, settings, annotator),
@@ -278,6 +279,16 @@ def _read_images(
         if on_its_way is not None:
             on_its_way.result()
             yield
+
+
+def _workers(given: int | None, annotator: Annotator | None) -> int:
+    if given is not None:
+        if given < 0:
+            raise ValueError(f"--workers {given}: must not be negative")
+        return given
+    if annotator is not None and annotator.device.type == "cpu":
+        return 0
+    return min(4, max(1, (os.cpu_count() or 1) - 1))
 
 
 def _captions(records: Sequence[Record], settings: BuildSettings) -> tuple[Captions, Vocabulary]:

@@ -1,9 +1,15 @@
-"""Images -> pixels -> annotation vectors: worker processes decode while the encoder runs."""
+"""Images -> pixels -> annotation vectors.
+
+Worker processes decode while a GPU encodes. An encoder on the CPU takes all cores by itself, and a process beside it
+holds it up at the end of every layer; so the same cores decode a batch, and then encode it.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captioning.config import EncoderConfig, one_line
 from captioning.files import short_name
-from captioning.images import open_image, to_array, to_square
+from captioning.images import read_image, to_array, to_square
 from captioning.model_config import Fit, Resample
 from captioning.models.encoder import build_encoder
 from preprocess.sources import Record
@@ -37,32 +43,40 @@ class Pictures(Dataset[Decoded]):
         self.resample: Resample = resample
 
     def __getitem__(self, numbers: range) -> Decoded:
-        arrays = []
-        broken = []
-        for i in numbers:
-            image = self.records[i].image
-            try:
-                whole = open_image(image) if isinstance(image, Path) else image.render(self.size)
-                arrays.append(to_array(to_square(whole, self.size, self.fit, self.resample)))
-            except (ValueError, OSError) as error:
-                broken.append((i, one_line(error).removeprefix(f"{image}: ")))
+        return self.collect(numbers, map)
+
+    def collect(self, numbers: range, each: Callable[..., Iterable[np.ndarray | str]]) -> Decoded:
+        """The pictures of a batch; `each` is `map`, or that of a pool of threads."""
+        with warnings.catch_warnings():  # here, and not for each picture: it changes the whole process
+            warnings.simplefilter("ignore")
+            found = list(each(self._square, numbers))
+        arrays = [picture for picture in found if not isinstance(picture, str)]
+        broken = [(i, why) for i, why in zip(numbers, found, strict=True) if isinstance(why, str)]
         return Decoded(np.stack(arrays) if arrays else np.zeros((0, self.size, self.size, 3), np.uint8), broken)
+
+    def _square(self, number: int) -> np.ndarray | str:
+        """One picture's pixels, or why it has none."""
+        image = self.records[number].image
+        try:
+            whole = read_image(image) if isinstance(image, Path) else image.render(self.size)
+            return to_array(to_square(whole, self.size, self.fit, self.resample))
+        except (ValueError, OSError) as error:
+            return one_line(error).removeprefix(f"{image}: ")
 
 
 def decode(pictures: Pictures, batches: Sequence[range], *, workers: int) -> Iterator[Decoded]:
-    """The batches in order, read ahead by `workers` processes (0: by this one).
+    """The batches in order: read ahead by `workers` processes, or with 0 each when it is wanted, by threads.
 
-    Batches travel as numpy arrays through pipes: shared memory is scarce in containers.
+    From processes batches travel as numpy arrays through pipes: shared memory is scarce in containers.
     """
+    if workers == 0:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            yield from (pictures.collect(batch, pool.map) for batch in batches)
+        return
     loader = DataLoader(
-        pictures,
-        sampler=batches,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        pictures, sampler=batches, batch_size=None, collate_fn=_unchanged, num_workers=workers, prefetch_factor=4
     )
-    return iter(loader)
+    yield from loader
 
 
 def _unchanged(batch: Any) -> Any:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,9 +85,18 @@ def test_the_same_data_in_another_folder_give_the_same_bytes(tmp_path):
 
 def test_workers_change_no_byte(tmp_path):
     root = photos(tmp_path / "in", 40)
-    main(command(root, tmp_path / "0.h5"))
-    main(command(root, tmp_path / "2.h5", "--workers", "2"))
+    (root / "5.png").write_bytes(b"broken")
+    before = list(warnings.filters)
+    assert main(command(root, tmp_path / "0.h5", "--max-missing", "0.1")) == 0
+    assert warnings.filters == before
+    assert main(command(root, tmp_path / "2.h5", "--workers", "2", "--max-missing", "0.1")) == 0
     assert (tmp_path / "0.h5").read_bytes() == (tmp_path / "2.h5").read_bytes()
+
+
+def test_negative_workers_are_refused(tmp_path, capsys):
+    assert main(command(photos(tmp_path / "in", 5), tmp_path / "d.h5", "--workers", "-1")) == 2
+    assert "--workers -1" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.fixture(scope="module")
