@@ -21,7 +21,7 @@ import torch
 
 from captioning import Caption, Captioner, load_captioner
 from captioning.api import OVERLAYS
-from captioning.config import LOCATIONS, SearchConfig, one_line
+from captioning.config import LOCATIONS, SearchConfig, given, one_line
 from captioning.files import fresh_file
 from captioning.images import EXTENSIONS, open_image
 from captioning.memory import keep_memory
@@ -102,16 +102,17 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(prog="caption.py", description="Caption photos and show where each word looked.")
     parse.add_argument("images", nargs="+", help="image files, folders, globs")
     parse.add_argument("--checkpoint", default="flickr8k-soft", help="folder, run, or name of a pretrained one")
-    parse.add_argument("--beam-size", type=int, default=5)
-    parse.add_argument("--num-captions", type=int, default=1, help="print the N best, one per line")
-    parse.add_argument("--max-length", type=int, default=30)
-    parse.add_argument("--length-penalty", type=float, default=0.0)
-    parse.add_argument("--no-repeat-ngram", type=int, default=0)
-    parse.add_argument("--sample", action="store_true", help="draw captions at random instead of searching")
-    parse.add_argument("--temperature", type=float, default=1.0)
-    parse.add_argument("--top-k", type=int, default=0)
-    parse.add_argument("--top-p", type=float, default=1.0)
-    parse.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
+    own, said = argparse.SUPPRESS, "default: the checkpoint's own"
+    parse.add_argument("--beam-size", type=int, default=own, help=said)
+    parse.add_argument("--num-captions", type=int, default=own, help="print the N best, one per line")
+    parse.add_argument("--max-length", type=int, default=own, help=said)
+    parse.add_argument("--length-penalty", type=float, default=own, help=said)
+    parse.add_argument("--no-repeat-ngram", type=int, default=own, help=said)
+    parse.add_argument("--sample", action="store_true", default=own, help="draw captions at random, do not search")
+    parse.add_argument("--temperature", type=float, default=own, help="of --sample")
+    parse.add_argument("--top-k", type=int, default=own, help="of --sample")
+    parse.add_argument("--top-p", type=float, default=own, help="of --sample")
+    parse.add_argument("--location", choices=LOCATIONS, default=own, help="where hard attention looks")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--overlay", metavar="DIR", help="draw each photo's per-word attention here")
     parse.add_argument(
@@ -143,8 +144,7 @@ def run(options: argparse.Namespace) -> int:
     if options.overlay and not captioner.attends:
         raise ValueError(f"--overlay: {options.checkpoint} has no attention to draw (its decoder attends to nothing)")
     make_folders(options)
-    fields = [field.name for field in dataclasses.fields(SearchConfig)]
-    search = {name: getattr(options, name) for name in [*fields, "seed"]}
+    search = {**given(options, SearchConfig), "seed": options.seed}
     lines = sys.stderr if options.json == "-" else sys.stdout
     results, unread, taken = [], 0, set[str]()
     for path, caption in captions_of(captioner, files, options.batch_size, search):

@@ -127,7 +127,8 @@ class Captioner:
             batch_size: images at once.
             seed: of sampled words (`sample=True`) and sampled locations (`location="sample"`).
             options: fields of `SearchConfig`: beam_size=5, num_captions=1, max_length=30, sample=True,
-                location="argmax" (or "sample", "expected": where hard attention looks), ...
+                location="argmax" (or "sample", "expected": where hard attention looks), ... What is not given is as
+                the checkpoint has it (`checkpoint.search`).
 
         Returns:
             One Caption per image, in order; further ones of an image in its `alternatives`.
@@ -144,7 +145,7 @@ class Captioner:
         """As `caption`, but yielding each batch when it is done: for more images than memory holds."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
-        config = search_config(**options)
+        config = search_config(self.checkpoint.search, **options)
         generator = torch.Generator(self.device).manual_seed(seed)
         for start in range(0, len(images), batch_size):
             yield from self._batch([_read(image) for image in images[start : start + batch_size]], config, generator)
@@ -204,15 +205,18 @@ def checkpoint_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path}: no checkpoint folder, nor one of the pretrained: {names}")
 
 
-def search_config(**options: int | float | bool | str) -> SearchConfig:
-    """A SearchConfig, with a kind word for a misspelt option."""
+def search_config(own: SearchConfig, **options: int | float | bool | str) -> SearchConfig:
+    """A checkpoint's own search with other values, and a kind word for a misspelt option.
+
+    Captions that are drawn (`sample=True`) are drawn from what the model thinks: of its own search they take nothing.
+    """
     allowed = [f.name for f in dataclasses.fields(SearchConfig)]
     for name in options:
         if name not in allowed:
             raise ValueError(f"unknown option {name!r}; allowed: {', '.join(allowed)}")
     if options.get("location", LOCATIONS[0]) not in LOCATIONS:
         raise ValueError(f"location must be one of {', '.join(LOCATIONS)} (got {options['location']!r})")
-    return SearchConfig(**options)  # type: ignore[arg-type]
+    return dataclasses.replace(SearchConfig() if options.get("sample") else own, **options)  # type: ignore[arg-type]
 
 
 def _read(image: ImageLike) -> Image.Image:

@@ -15,7 +15,15 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from captioning.config import DecoderConfig, EncoderConfig, RegionEncoderConfig, from_dict, one_line, to_dict
+from captioning.config import (
+    DecoderConfig,
+    EncoderConfig,
+    RegionEncoderConfig,
+    SearchConfig,
+    from_dict,
+    one_line,
+    to_dict,
+)
 from captioning.files import fresh_file
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import build_encoder
@@ -37,6 +45,7 @@ class Checkpoint:
         vocabulary: its words.
         region_encoder: its region encoder's config.
         about: provenance: settings, data, versions, epoch, scores. Free-form JSON, never needed to load.
+        search: how it captions unless told otherwise.
     """
 
     model: CaptioningModel
@@ -45,6 +54,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     region_encoder: RegionEncoderConfig = field(default_factory=RegionEncoderConfig)
     about: Mapping[str, Any] = field(default_factory=dict)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ def save_checkpoint(
         "encoder": to_dict(checkpoint.encoder),
         "region_encoder": to_dict(checkpoint.region_encoder),
         "decoder": to_dict(checkpoint.decoder),
+        "search": to_dict(checkpoint.search),
         "about": dict(checkpoint.about),
     }
     write_json(new / "config.json", config)
@@ -147,6 +158,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     regions = config.get("region_encoder", {})  # older checkpoints have none
     region_encoder = from_dict(RegionEncoderConfig, regions, f"{folder / 'config.json'}: region_encoder")
     decoder = from_dict(DecoderConfig, config.get("decoder"), f"{folder / 'config.json'}: decoder")
+    search = from_dict(SearchConfig, config.get("search", {}), f"{folder / 'config.json'}: search")  # likewise
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     state = read_tensors(folder / "model.safetensors")
     prefix = "encoder.network."
@@ -163,7 +175,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         ) from error
     about = config.get("about", {})
     about = about if isinstance(about, dict) else {}
-    return Checkpoint(model.eval(), encoder, decoder, vocabulary, region_encoder, about)
+    return Checkpoint(model.eval(), encoder, decoder, vocabulary, region_encoder, about, search)
 
 
 def load_state(model: CaptioningModel, state: dict[str, Tensor]) -> None:

@@ -346,6 +346,11 @@ def from_dict(kind: type[T], values: Any, where: str) -> T:
         raise ValueError(f"{where}: {one_line(error)}") from error
 
 
+def given(options: object, kind: type) -> dict[str, Any]:
+    """The fields of a config class that a command line was given; argparse leaves the others out (SUPPRESS)."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(kind) if hasattr(options, f.name)}
+
+
 def one_line(error: Exception) -> str:
     """An exception's message on a single line, for the command line."""
     return " ".join(str(error).split())

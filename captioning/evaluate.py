@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.api import checkpoint_folder
+from captioning.api import checkpoint_folder, search_config
 from captioning.checkpoint import Checkpoint, load_checkpoint
-from captioning.config import LOCATIONS, SearchConfig, one_line
+from captioning.config import LOCATIONS, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis, search
 from captioning.diagnosis import Diagnosis, diagnose
@@ -141,11 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--checkpoint", help="checkpoint folder, run folder, or name of a pretrained one")
     ours.add_argument("--data", help="HDF5 file made by python -m preprocess")
     ours.add_argument("--split", choices=SPLITS, default="val")
-    ours.add_argument("--beam-size", type=int, default=5)
-    ours.add_argument("--length-penalty", type=float, default=0.0)
-    ours.add_argument("--max-length", type=int, default=30)
-    ours.add_argument("--no-repeat-ngram", type=int, default=0)
-    ours.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
+    own, said = argparse.SUPPRESS, "default: the checkpoint's own"
+    ours.add_argument("--beam-size", type=int, default=own, help=said)
+    ours.add_argument("--length-penalty", type=float, default=own, help=said)
+    ours.add_argument("--max-length", type=int, default=own, help=said)
+    ours.add_argument("--no-repeat-ngram", type=int, default=own, help=said)
+    ours.add_argument("--location", choices=LOCATIONS, default=own, help="where hard attention looks")
     ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
     ours.add_argument("--batch-size", type=int, default=32)
     ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -191,14 +192,8 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
         )
     if options.diagnose is not None and (options.diagnose < 0 or options.diagnose == 1):
         raise ValueError(f"--diagnose must be 0 for all images, or at least 2 (got {options.diagnose})")
-    config = SearchConfig(
-        beam_size=options.beam_size,
-        length_penalty=options.length_penalty,
-        max_length=options.max_length,
-        no_repeat_ngram=options.no_repeat_ngram,
-        location=options.location,
-    )
     checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
+    config = search_config(checkpoint.search, **given(options, SearchConfig))
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -226,10 +221,12 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
         "unfinished": sum(not caption.hypothesis.finished for caption in found.values()),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return scores, about, _diagnose(options, checkpoint, data)
+    return scores, about, _diagnose(options, checkpoint, data, config.location)
 
 
-def _diagnose(options: argparse.Namespace, checkpoint: Checkpoint, data: CaptionData) -> Diagnosis | None:
+def _diagnose(
+    options: argparse.Namespace, checkpoint: Checkpoint, data: CaptionData, location: Location
+) -> Diagnosis | None:
     if options.diagnose is None:
         return None
     indices = data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
@@ -240,7 +237,7 @@ def _diagnose(options: argparse.Namespace, checkpoint: Checkpoint, data: Caption
         checkpoint.vocabulary,
         batch_size=options.batch_size,
         device=options.device,
-        location=options.location,
+        location=location,
     )
 
 

@@ -28,7 +28,7 @@ from captioning.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from captioning.config import EncoderConfig, Settings, from_dict, to_dict
+from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, CaptionDataset, Sample, check_augment, plan_epoch
 from captioning.distillation import Teachers, load_teachers
 from captioning.files import short_name
@@ -321,7 +321,10 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     encoder = dataclasses.replace(run.encoder, weights=run.encoder.weights and short_name(run.encoder.weights))
-    return Checkpoint(model, encoder, run.settings.decoder, run.data.vocabulary, run.settings.region_encoder, about)
+    search = run.settings.validation.search  # its beam may be small, to be quick
+    search = dataclasses.replace(search, beam_size=max(search.beam_size, SearchConfig.beam_size))
+    decoder, regions = run.settings.decoder, run.settings.region_encoder
+    return Checkpoint(model, encoder, decoder, run.data.vocabulary, regions, about, search)
 
 
 def save_last(run: Run) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
-from captioning.config import EncoderConfig, one_line
+from captioning.config import EncoderConfig, given, one_line
 from captioning.memory import keep_memory
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
@@ -81,10 +81,10 @@ def _run(options: argparse.Namespace) -> Summary:
 
 def _settings(options: argparse.Namespace, trained: EncoderConfig | None) -> BuildSettings:
     """The settings given; size and fit, when they are not, are those that a checkpoint's encoder was trained with."""
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(BuildSettings) if hasattr(options, f.name)}
+    values = given(options, BuildSettings)
     if trained is not None:
-        given = {"image_size": trained.image_size, "fit": trained.fit, **given}
-    return BuildSettings(**given)
+        values = {"image_size": trained.image_size, "fit": trained.fit, **values}
+    return BuildSettings(**values)
 
 
 def _encoder(options: argparse.Namespace) -> tuple[EncoderConfig | None, dict[str, Tensor] | None]:

@@ -16,6 +16,7 @@ from PIL import Image
 from captioning import load_captioner
 from captioning.api import PRETRAINED
 from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
+from captioning.config import SearchConfig
 from captioning.data import CaptionData
 from captioning.images import visible_box
 from captioning.vocabulary import END
@@ -60,6 +61,32 @@ def test_a_file_gives_one_line_with_its_caption(call, photos, tiny_checkpoint):
     caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], beam_size=5)[0]
     assert (code, err) == (0, [])
     assert out == [f"{photos / 'a.png'}\t{caption.text}{'' if caption.finished else ' ...'}"]
+
+
+@pytest.fixture
+def short(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint, which by its own search says two words at most, the likeliest."""
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    own = SearchConfig(beam_size=1, max_length=2, no_repeat_ngram=1)
+    save_checkpoint(tmp_path / "short", dataclasses.replace(checkpoint, search=own))
+    return tmp_path / "short"
+
+
+def test_a_checkpoint_captions_by_its_own_search_unless_told_otherwise(call, photos, tiny_checkpoint, short):
+    path = photos / "a.png"
+    plain, own = load_captioner(tiny_checkpoint), load_captioner(short)
+    assert own.caption([path])[0].text == plain.caption([path], beam_size=1, max_length=2, no_repeat_ngram=1)[0].text
+    assert len(own.caption([path])[0].words) == 2
+    assert len(own.caption([path], max_length=4)[0].words) > 2
+    told = ("--beam-size", 5, "--max-length", 30, "--no-repeat-ngram", 0)
+    assert call(path, checkpoint=short)[1][0].removesuffix(" ...") == f"{path}\t{own.caption([path])[0].text}"
+    assert call(path, *told, checkpoint=short) == call(path)
+
+
+def test_drawn_captions_take_nothing_of_a_checkpoints_search(photos, tiny_checkpoint, short):
+    path = photos / "a.png"
+    drawn = [load_captioner(folder).caption([path], sample=True, seed=3)[0] for folder in (tiny_checkpoint, short)]
+    assert drawn[0].text == drawn[1].text
 
 
 def test_a_folder_gives_its_image_files_in_order(call, photos):

@@ -22,7 +22,7 @@ from captioning.checkpoint import (
     recover_folder,
     save_checkpoint,
 )
-from captioning.config import DecoderConfig, RegionEncoderConfig
+from captioning.config import DecoderConfig, RegionEncoderConfig, SearchConfig
 from captioning.files import fresh_file
 from captioning.models.baselines import CONTEXTS, INJECTIONS
 
@@ -65,10 +65,20 @@ def test_a_checkpoint_comes_back_bit_for_bit(tiny_checkpoint, tmp_path):
     assert state.keys() == other.keys()
     assert all(torch.equal(state[name], other[name]) for name in state)
     assert torch.equal(logits(first), logits(second))
-    for name in ("encoder", "decoder", "vocabulary", "about"):
+    for name in ("encoder", "decoder", "vocabulary", "about", "search"):
         assert getattr(first, name) == getattr(second, name)
     for name in ("model.safetensors", "config.json", "vocabulary.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+
+
+def test_a_checkpoint_brings_its_search_and_an_older_one_has_the_plain_one(tiny_checkpoint, tmp_path):
+    search = SearchConfig(beam_size=4, length_penalty=0.8, no_repeat_ngram=2)
+    save_checkpoint(tmp_path / "new", dataclasses.replace(load_checkpoint(tiny_checkpoint), search=search))
+    assert load_checkpoint(tmp_path / "new").search == search
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    del config["search"]
+    (tmp_path / "new" / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(tmp_path / "new").search == SearchConfig()
 
 
 def test_half_precision_takes_half_the_room_and_stays_close(tiny_checkpoint, tmp_path):
@@ -175,6 +185,7 @@ def test_a_missing_file_is_named(folder, name):
         ({"encoder__colour": "red"}, r"config\.json: encoder: .*colour"),
         ({"decoder__hidden_dim": "wide"}, r"config\.json: decoder: .*hidden_dim"),
         ({"decoder__name": "gru"}, r"config\.json: decoder: .*name"),
+        ({"search__beam_size": 0}, r"config\.json: search: .*beam_size"),
         ({"decoder": None}, r"config\.json: decoder: expected a mapping"),
         ({"decoder__hidden_dim": 17}, r"model\.safetensors: does not fit its config and vocabulary"),
         ({"encoder__layer": "layer3"}, r"model\.safetensors: does not fit its config and vocabulary"),

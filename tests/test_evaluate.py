@@ -1,5 +1,6 @@
 """python -m captioning.evaluate: a checkpoint on a data file, and anyone's captions."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from captioning.config import EncoderConfig
+from captioning.config import EncoderConfig, SearchConfig
 from captioning.data import CaptionData
 from captioning.evaluate import main
 from captioning.metrics import java_found
@@ -140,6 +141,21 @@ def test_a_checkpoint_in_half_precision_still_fits_its_annotation_vectors(
 ):
     save_checkpoint(tmp_path / "half", load_checkpoint(tiny_checkpoint), half=True)
     assert len(captions_of(call, tmp_path / "half", tiny_annotations, tmp_path / "r.json")) == 4
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_checkpoint_is_scored_with_its_own_search_and_the_table_says_which(
+    call, tiny_checkpoint, tiny_annotations, tmp_path
+):
+    own = SearchConfig(beam_size=2, max_length=3, length_penalty=0.5)
+    save_checkpoint(tmp_path / "own", dataclasses.replace(load_checkpoint(tiny_checkpoint), search=own))
+    words = ("--checkpoint", tmp_path / "own", "--data", tiny_annotations)
+    for told, length, beam in (((), 3, 2), (("--max-length", 4, "--beam-size", 3), 4, 3)):
+        code, out, _ = call(*words, *told, "--output", tmp_path / "r.json")
+        said = json.loads(out[-1])
+        assert (code, said["beam_size"], said["search"]["length_penalty"]) == (0, beam, 0.5)
+        captions = [entry["caption"].split() for entry in json.loads((tmp_path / "r.json").read_text())]
+        assert max(map(len, captions)) == length
 
 
 @pytest.mark.usefixtures("no_java")

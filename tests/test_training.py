@@ -159,6 +159,7 @@ def test_the_run_folder_holds_settings_curves_and_a_best_checkpoint_that_caption
     about = load_checkpoint(whole_run / "best").about
     scores = [entry["CIDEr"] for entry in load_checkpoint(whole_run / "last").about["progress"]["history"]]
     assert about["progress"]["history"][-1]["CIDEr"] == max(scores)
+    assert load_checkpoint(whole_run / "best").search == SearchConfig(beam_size=5, max_length=8)  # validated with 2
     assert about["settings"]["data"] == tiny_data.name  # no folder of this machine
     photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
     assert load_captioner(whole_run).caption([photo])[0].alphas.shape[1:] == (4, 4)
