@@ -34,7 +34,7 @@ ORDER = (
     ("models.depthwise", "models.encoder", "models.regions", "models.captioner", "models"),
     ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
     ("rewards", "visualize"),
-    ("api", "evaluate", "distillation", "run", "objective", "self_critical", "training", "compare"),
+    ("api", "soup", "evaluate", "distillation", "run", "objective", "self_critical", "training", "compare"),
 )
 # These take arrays and strings: all that they may import of the package.
 LEAVES = {
