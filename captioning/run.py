@@ -321,8 +321,9 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     encoder = dataclasses.replace(run.encoder, weights=run.encoder.weights and short_name(run.encoder.weights))
-    search = run.settings.validation.search  # its beam may be small, to be quick
-    search = dataclasses.replace(search, beam_size=max(search.beam_size, SearchConfig.beam_size))
+    search = run.settings.validation.search  # its beam may be small, to be quick; and nobody gets a draw unasked
+    beam = max(search.beam_size, SearchConfig.beam_size)
+    search = dataclasses.replace(search, beam_size=beam, num_captions=1, sample=False)
     decoder, regions = run.settings.decoder, run.settings.region_encoder
     return Checkpoint(model, encoder, decoder, run.data.vocabulary, regions, about, search)
 

@@ -165,6 +165,12 @@ def test_the_run_folder_holds_settings_curves_and_a_best_checkpoint_that_caption
     assert load_captioner(whole_run).caption([photo])[0].alphas.shape[1:] == (4, 4)
 
 
+def test_a_run_that_is_validated_by_drawing_gives_a_checkpoint_that_searches(tiny_data, tmp_path):
+    validation = ValidationConfig(search=SearchConfig(sample=True, num_captions=7, length_penalty=0.5, max_length=8))
+    training.train(tiny_settings(tiny_data, tmp_path / "run", validation=validation, max_steps=1))
+    assert load_checkpoint(tmp_path / "run" / "best").search == SearchConfig(length_penalty=0.5, max_length=8)
+
+
 def test_every_validation_says_what_the_attention_does(whole_run):
     history = load_checkpoint(whole_run / "last").about["progress"]["history"]
     assert len(history) == 2
