@@ -1,8 +1,8 @@
 """One model from several: the mean of their weights, a model soup. Wortsman et al. (2022), "uniform soup".
 
 It works for models that were trained onwards from one and the same: their weights lie in one valley of the loss, whose
-middle is often better than its slopes, and captioning costs no more than with one of them. The mean of models that were
-never one says nothing sensible.
+middle is often better than its slopes, and captioning costs no more than with one of them. Whether it is better must be
+measured (docs/results.md); the mean of models that were never one says nothing sensible.
 
     python -m captioning.soup runs/a runs/b --output runs/soup
 """
