@@ -8,11 +8,11 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from captioning.config import DecoderConfig, HardConfig
+from captioning.hard_objective import hard_terms, training_look
 from captioning.losses import by_word, word_nll
 from captioning.models.attention import looking
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
-from captioning.objective import hard_terms, training_look
 from captioning.reward_baselines import BASELINES, Baseline
 from captioning.vocabulary import END, START
 

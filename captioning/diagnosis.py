@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from captioning.config import HardConfig
 from captioning.data import ANNOTATIONS, Batch, CaptionData, Collate, build_augmentation
 from captioning.diagnostics import (
     as_many_at_random,
+    gradient_signal_to_noise,
     means_by,
     movement,
     mutual_information,
@@ -25,16 +28,25 @@ from captioning.diagnostics import (
     share_off_argmax,
     shuffled_mutual_information,
 )
+from captioning.hard_objective import hard_terms, training_look
 from captioning.listening import attention_of, forced, replacements
-from captioning.models.attention import Look, looking
+from captioning.losses import word_nll
+from captioning.models.attention import Look, is_hard, looking
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
+from captioning.reward_baselines import BASELINES
 from captioning.tokenization import tokenize
 from captioning.vocabulary import Vocabulary
 from captioning.word_classes import CLASSES, NOUN, classify
 
 CAPTIONS = 5
 """Captions of an image that are looked at, at most."""
+GRADIENTS = 8
+"""From so many gradients, of equally many images each, their signal to noise is estimated."""
+STEP = 8
+"""Images of the training step whose signal to noise is reported: a step of twice as many has twice as much."""
+JUDGE = HardConfig(baseline="leave_one_out", samples=3, lambda_e=0.0, expectation_probability=0.0)
+"""The estimator by which hard models are compared, however each was trained."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ def diagnose(
             a, targets = model.annotate(batch.images.to(device)), batch.words.to(device)
             output = model.decoder(a, targets)
             words += len(output.targets)
-            hard = hard or getattr(output, "locations", None) is not None
+            hard = hard or output.locations is not None
             _add(nll, "as it is", output)
             if output.alphas is None:
                 continue
@@ -234,10 +246,9 @@ def _add(nll: dict[str, float], name: str, output: Output) -> None:
 
 def _looked(output: Output, alphas: Float[Tensor, "N K T L"]) -> Float[Tensor, "N K T L"]:
     """Where the decoder looked: its weights, or its hard locations as weights of one."""
-    locations = getattr(output, "locations", None)
-    if locations is None:
+    if output.locations is None:
         return alphas
-    return F.one_hot(locations, alphas.shape[-1]).to(alphas.dtype)
+    return F.one_hot(output.locations, alphas.shape[-1]).to(alphas.dtype)
 
 
 def _words_of(output: Output, alphas: Float[Tensor, "N K T L"], first: int) -> _Words:
@@ -269,6 +280,53 @@ def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, 
         "share_of_class": {CLASSES[i]: sizes[i] / len(words.ids) for i in present},
         "entropy_by_position": [x for x, n in zip(by_position, reached, strict=True) if n >= reached[0] / 10],
     }
+
+
+def signal_to_noise(
+    model: CaptioningModel,
+    data: CaptionData,
+    indices: Sequence[int],
+    vocabulary: Vocabulary,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> float | None:
+    """`gradient_signal_to_noise` of the attention's parameters in a training step of STEP images, from GRADIENTS parts.
+
+    The variance of a mean falls with the number of its images, so that any number of images serves.
+
+    Args:
+        model: on `device`.
+        data: as for `diagnose`.
+        indices: which images.
+        vocabulary: the model's words (not the file's).
+        loss: of annotation vectors (N, L, D) and words (N, K, S); None: `likelihood` of the model.
+        device: where the model is.
+        seed: of dropout and sampled locations.
+
+    Returns:
+        None for a decoder without an attention that learns, and for fewer than four images.
+    """
+    size = max(len(indices) // GRADIENTS, 2)
+    chosen = indices[: len(indices) // size * size]
+    if len(chosen) < 2 * size:
+        return None
+    batches = caption_batches(model, data, chosen, vocabulary, batch_size=size)
+    found = attention_gradients(model, batches, loss or partial(likelihood, model), device=device, seed=seed)
+    return None if found is None else gradient_signal_to_noise(found) * STEP / size
+
+
+def likelihood(model: CaptioningModel, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Float[Tensor, ""]:
+    """The NLL per word; for hard attention minus its bound, eq. 10, with the gradient of eq. 12 by JUDGE."""
+    if not is_hard(model):
+        output = model(a, words)
+        return word_nll(output.logits, output.targets).mean()
+    with looking(model, training_look(JUDGE)):
+        output = model(a, words.repeat_interleave(JUDGE.samples, dim=1))
+    nlls = word_nll(output.logits, output.targets)
+    baseline = BASELINES[JUDGE.baseline](hidden_dim=0, samples=JUDGE.samples, to_go=JUDGE.reward == "to_go")
+    return (nlls.sum() + hard_terms(output, -nlls.detach(), JUDGE, baseline).loss) / len(nlls)
 
 
 def attention_gradients(
@@ -307,7 +365,7 @@ def attention_gradients(
             images = batch.images.to(device)
             with torch.no_grad():
                 a = model.encoder(images) if images.dim() == 4 else images
-            gradients = torch.autograd.grad(loss(a, batch.words.to(device)), parameters)
+            gradients = torch.autograd.grad(loss(a, batch.words.to(device)), parameters, materialize_grads=True)
             found.append(torch.cat([g.flatten() for g in gradients]))
     return torch.stack(found)
 

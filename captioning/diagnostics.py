@@ -127,8 +127,8 @@ def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False) -> str
         return None
     signs = [f"H/ln L above {FLAT}"] * flat + [f"a listening gap below {DEAF} nats per word"] * deaf
     advice = (
-        "start from a soft checkpoint (init_from), lower hard.lambda_e, use the baseline leave_one_out with more "
-        "samples, or raise hard.expectation_probability"
+        "start from a soft checkpoint (init_from), lower hard.lambda_e, take hard.baseline leave_one_out with more "
+        "hard.samples, or raise hard.expectation_probability"
         if hard
         else "set loss.lambda_ds to 0, try another decoder.alignment, a higher optimizer.learning_rate or a finer "
         "encoder.grid"

@@ -23,7 +23,7 @@ from captioning.checkpoint import Checkpoint, load_checkpoint
 from captioning.config import LOCATIONS, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis, search
-from captioning.diagnosis import Diagnosis, diagnose
+from captioning.diagnosis import Diagnosis, diagnose, signal_to_noise
 from captioning.memory import keep_memory
 from captioning.metrics import DEFAULT_METRICS, Scores, score
 from captioning.models.attention import is_hard
@@ -230,15 +230,9 @@ def _diagnose(
     if options.diagnose is None:
         return None
     indices = data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
-    return diagnose(
-        checkpoint.model,
-        data,
-        indices,
-        checkpoint.vocabulary,
-        batch_size=options.batch_size,
-        device=options.device,
-        location=location,
-    )
+    subject = (checkpoint.model, data, indices, checkpoint.vocabulary)
+    found = diagnose(*subject, batch_size=options.batch_size, device=options.device, location=location)
+    return dataclasses.replace(found, gradient_snr=signal_to_noise(*subject, device=options.device))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,14 +1,14 @@
 """What one training step minimises. One function per kind of training: settings, a model and a batch in, a loss out."""
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
-from captioning.config import HardConfig
-from captioning.losses import REWARDS, by_word, doubly_stochastic_penalty, expected_nll, reinforce, word_nll
-from captioning.models.attention import Look, looking
+from captioning.hard_objective import HardTerms, hard_terms, training_look
+from captioning.losses import doubly_stochastic_penalty, expected_nll, word_nll
+from captioning.models.attention import looking
 from captioning.models.decoder import Output
 from captioning.reward_baselines import Baseline
 from captioning.run import Run
@@ -31,17 +31,6 @@ class Objective(NamedTuple):
         """The means, fetched from their device at once."""
         values = torch.stack([x.detach().float() for x in self.means.values()]).tolist()
         return dict(zip(self.means, values, strict=True))
-
-
-class HardTerms(NamedTuple):
-    """What eq. 12 adds to the NLL, summed over the words of a batch, and the rewards of its sampled captions.
-
-    `captions` sums over those captions: their log p, their words and their number.
-    """
-
-    loss: Float[Tensor, ""]
-    curves: dict[str, Tensor]
-    captions: Float[Tensor, "3"]
 
 
 def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"]) -> Objective:
@@ -78,38 +67,6 @@ def with_penalty(run: Run, output: Output, loss: Float[Tensor, ""]) -> tuple[Flo
     (rows,) = run.mean_over_processes(output.mask.any(dim=-1).sum())
     penalty = doubly_stochastic_penalty(output.alphas, output.mask).sum() / rows
     return loss + weight * penalty, {"penalty": penalty}
-
-
-def training_look(hard: HardConfig, generator: torch.Generator | None = None) -> Look:
-    """How hard attention looks in training: eq. 8 or its relaxation, some images with the mean context."""
-    location = "sample" if hard.relaxation == "none" else hard.relaxation
-    return Look(location, hard.expectation_probability, generator)
-
-
-def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, baseline: Baseline) -> HardTerms:
-    """Eq. 12 (the gradient of the hard objective) without its first term, which is the NLL's.
-
-    Args:
-        output: of hard attention, `hard.samples` rows per caption.
-        log_p: of its targets, given the sampled locations; no gradient goes through it.
-        hard: weights.
-        baseline: b.
-    """
-    mask, locations, states = output.mask, cast(Tensor, output.locations), cast(Tensor, output.states)
-    log_probs, entropies = cast(Tensor, output.log_probs), cast(Tensor, output.entropies)
-    log_p_by_word = by_word(log_p, mask)
-    rewards = REWARDS[hard.reward](log_p_by_word)
-    b = baseline(rewards, states, mask)
-    sampled = mask & (locations >= 0)  # where the mean context was taken there is nothing to credit
-    lambda_r = hard.lambda_r if hard.relaxation == "none" else 0.0
-    entropy = (entropies * mask).sum()
-    loss = lambda_r * (reinforce(log_probs, rewards, b) * sampled).sum() - hard.lambda_e * entropy
-    squared = ((rewards - b).detach() * sampled).square().sum()
-    own = baseline.loss(rewards, b)
-    if own is not None:
-        loss = loss + (own * sampled).sum()
-    captions = torch.stack([(log_p_by_word * sampled).sum(), sampled.sum(), sampled.any(dim=-1).sum()])
-    return HardTerms(loss, {"entropy": entropy.detach(), "squared_advantage": squared}, captions)
 
 
 def update_baseline(run: Run, baseline: Baseline, terms: HardTerms) -> None:

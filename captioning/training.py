@@ -4,6 +4,8 @@ Everything random in a step is seeded by (seed, step, process), and the order of
 stands is two numbers, and a run that was interrupted anywhere and resumed ends with the same bits.
 """
 
+import copy
+import dataclasses
 import signal
 import sys
 import time
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from captioning.checkpoint import save_checkpoint
 from captioning.config import Settings
 from captioning.data import Batch, load_batches, shard
-from captioning.diagnosis import diagnose
+from captioning.diagnosis import diagnose, signal_to_noise
 from captioning.diagnostics import collapse
 from captioning.evaluate import caption_split
 from captioning.metrics import score
@@ -236,7 +238,10 @@ def validate(run: Run) -> None:
 def watch_attention(run: Run, indices: Sequence[int]) -> None:
     """Diagnose the attention on some validation images; its numbers join the validation's. Says if it has collapsed."""
     indices = indices[: run.settings.validation.diagnose_images]
-    if len(indices) < 2 or not run.accelerator.is_main_process:
+    if len(indices) < 2:
+        return
+    signal = attention_signal(run)  # all processes: the objective adds up over them
+    if not run.accelerator.is_main_process:
         return
     found = diagnose(
         run.evaluated,
@@ -246,6 +251,7 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
         batch_size=run.settings.validation.batch_size,
         device=run.accelerator.device,
     )
+    found = dataclasses.replace(found, gradient_snr=signal)
     for name, value in found.main_numbers().items():
         run.progress.history[-1][name] = value
         curve(run, f"attention/{name}", value)
@@ -253,6 +259,24 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
     warning = collapse(run.progress.history, hard=found.hard)
     if warning is not None:
         say(run, f"warning: {warning}")
+
+
+def attention_signal(run: Run) -> float | None:
+    """Signal to noise of the gradient that the run's likelihood objective gives its attention, on train photos.
+
+    The weights are those that learn, not their moving average; nothing of the run changes. Without its teachers, which
+    look at pixels.
+    """
+    apart = dataclasses.replace(run, wrapped=run.model, baseline=copy.deepcopy(run.baseline), teachers=None)
+    return signal_to_noise(
+        run.model,
+        run.data,
+        run.data.indices("train").tolist()[: run.settings.validation.diagnose_images],
+        run.data.vocabulary,
+        lambda a, words: teacher_forced(apart, a, words).loss,
+        device=run.accelerator.device,
+        seed=run.settings.seed,
+    )
 
 
 def asked_to_stop(run: Run, stop: dict[str, bool]) -> bool:

@@ -7,12 +7,19 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+from captioning import diagnosis
 from captioning.checkpoint import Checkpoint, build_model, load_checkpoint
+from captioning.config import DecoderConfig, HardConfig
 from captioning.data import Batch, CaptionData
-from captioning.diagnosis import Diagnosis, attention_gradients, caption_batches, diagnose
+from captioning.diagnosis import Diagnosis, attention_gradients, caption_batches, diagnose, likelihood, signal_to_noise
+from captioning.diagnostics import gradient_signal_to_noise
+from captioning.hard_objective import hard_terms, training_look
 from captioning.losses import word_nll
+from captioning.models.attention import HardAttention, looking
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
+from captioning.models.registry import build_decoder
+from captioning.reward_baselines import LeaveOneOut
 
 
 @pytest.fixture
@@ -84,6 +91,20 @@ def test_a_hard_model_is_diagnosed_where_it_is_told_to_look(checkpoint, data):
     assert found["sample"] == run(hard, data, location="sample")
 
 
+def test_hard_attention_is_diagnosed_by_its_weights_and_forced_by_its_locations(checkpoint, data):
+    decoder = checkpoint.model.decoder
+    soft = run(checkpoint, data)
+    decoder.attention = HardAttention(decoder.attention.alignment).eval()
+    hard = run(checkpoint, data)
+    assert (soft.hard, soft.off_argmax) == (False, None)
+    assert hard.hard
+    assert hard.off_argmax == pytest.approx(1 - hard.largest)
+    assert "samples off the argmax" in hard.table()
+    assert "samples off the argmax" not in soft.table()
+    assert hard.nll != soft.nll  # it looks at one location
+    assert all(change != 0 for change in hard.listening.values())
+
+
 def test_the_batch_size_changes_neither_weights_nor_words(checkpoint, data):
     one, other = (run(checkpoint, data, batch_size=size) for size in (2, 32))
     assert (one.words, one.locations) == (other.words, other.locations)
@@ -106,16 +127,18 @@ def test_pixels_and_annotation_vectors_are_diagnosed_alike(checkpoint, data, tin
     assert one.entropy == pytest.approx(other.entropy, rel=1e-2)
 
 
-def test_a_model_without_attention_says_so(checkpoint, data, monkeypatch):
-    decoder = checkpoint.model.decoder
-    forward = type(decoder).forward
-    monkeypatch.setattr(decoder, "forward", lambda *inputs: forward(decoder, *inputs)._replace(alphas=None))
+def test_a_model_without_attention_says_so(checkpoint, data):
+    config = DecoderConfig(name="lstm", embedding_dim=4, hidden_dim=6)
+    checkpoint.model.decoder = build_decoder(
+        config, vocabulary_size=len(checkpoint.vocabulary), annotation_dim=checkpoint.model.encoder.dim
+    )
     found = run(checkpoint, data)
     assert (found.entropy, found.listening, found.listening_gap) == (None, None, None)
     assert found.nll > 0
     assert "none in this model" in found.line()
     assert "none in this model" in found.table()
     assert found.main_numbers() == {}
+    assert signal_to_noise(checkpoint.model, data, data.indices("train").tolist(), checkpoint.vocabulary) is None
 
 
 def test_one_image_is_too_few(checkpoint, data):
@@ -162,6 +185,41 @@ def test_frozen_attention_has_no_gradients(checkpoint, data):
     assert gradients_of(checkpoint.model, []) is None
 
 
+@pytest.mark.parametrize(("count", "size"), [(4, 2), (7, 2), (8, 2), (24, 3), (26, 3)])
+def test_signal_to_noise_is_that_of_a_step_however_many_images_it_is_estimated_from(checkpoint, data, count, size):
+    model, indices = checkpoint.model, data.indices("train").tolist()[:count]
+    model.decoder.dropout.p = 0.0
+    whole = indices[: len(indices) // size * size]
+    rows = gradients_of(model, caption_batches(model, data, whole, checkpoint.vocabulary, batch_size=size))
+    assert len(rows) == len(whole) // size
+    found = signal_to_noise(model, data, indices, checkpoint.vocabulary)
+    assert found == pytest.approx(gradient_signal_to_noise(rows) * diagnosis.STEP / size, rel=1e-4)
+
+
+def test_signal_to_noise_needs_two_batches(checkpoint, data):
+    assert signal_to_noise(checkpoint.model, data, data.indices("train").tolist()[:3], checkpoint.vocabulary) is None
+
+
+def test_a_hard_model_is_judged_by_the_gradient_of_its_bound(checkpoint, data):
+    model = checkpoint.model.eval()
+    model.decoder.attention = HardAttention(model.decoder.attention.alignment)
+    indices = data.indices("train").tolist()[:4]
+    (batch,) = caption_batches(model, data, indices, checkpoint.vocabulary, batch_size=4)
+    a = batch.images
+    parameters = list(model.decoder.attention.parameters())
+    torch.manual_seed(3)
+    found = torch.autograd.grad(likelihood(model, a, batch.words), parameters)
+    hard = HardConfig(baseline="leave_one_out", samples=3, lambda_e=0.0, expectation_probability=0.0)
+    torch.manual_seed(3)
+    with looking(model, training_look(hard)):
+        output = model(a, batch.words.repeat_interleave(3, dim=1))
+    nlls = word_nll(output.logits, output.targets)
+    terms = hard_terms(output, -nlls.detach(), hard, LeaveOneOut(hidden_dim=0, samples=3, to_go=True))
+    wanted = torch.autograd.grad(nlls.mean() + terms.loss / len(nlls), parameters)
+    assert any(x.abs().sum() > 0 for x in found)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_line_and_table_show_the_numbers(checkpoint, data):
     found = run(checkpoint, data)
     assert f"H/ln L {found.entropy:.3f}" in found.line()
@@ -171,3 +229,7 @@ def test_line_and_table_show_the_numbers(checkpoint, data):
     for name in ("article", "noun", "by position", "mutual information", "moves between nouns", "NLL, exchanged"):
         assert name in table
     assert f"{found.listening['exchanged']:+.4f}" in table
+    assert "gradient" not in found.line() + table
+    found = dataclasses.replace(found, gradient_snr=0.1234)
+    assert "gradient signal/noise 0.12" in found.line()
+    assert "gradient signal/noise" in found.table()

@@ -105,16 +105,17 @@ def test_another_split_and_a_limit(call, tiny_checkpoint, tiny_data, tmp_path):
 def test_attention_is_diagnosed_when_asked(call, tiny_checkpoint, tiny_data):
     words = ("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
     _, without, _ = call(*words)
-    code, out, err = call(*words, "--diagnose", 3)
+    code, out, err = call(*words, "--diagnose", 4)
     assert (code, err) == (0, [])
     scores, found = json.loads(without[-1]), json.loads(out[-1])
     diagnosis = found.pop("diagnosis")
     assert {key: scores[key] for key in KEYS} == {key: found[key] for key in KEYS}
-    assert diagnosis["images"] == 3
+    assert diagnosis["images"] == 4
     assert set(diagnosis["listening"]) == {"exchanged", "random", "uniform", "centre"}
     table = "\n".join(out[:-1])
     assert re.search(rf"entropy / ln L\s+{diagnosis['entropy']:.4f}", table)
     assert re.search(rf"NLL, exchanged\s+\{diagnosis['listening']['exchanged']:+.4f}", table)
+    assert re.search(rf"gradient signal/noise\s+{diagnosis['gradient_snr']:.3g}", table)
     assert "diagnosis" not in scores
 
 

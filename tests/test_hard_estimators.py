@@ -21,10 +21,10 @@ from benchmarks.hard_oracle import (
 )
 from captioning.config import HardConfig
 from captioning.diagnostics import importance_weighted_bound
+from captioning.hard_objective import hard_terms, training_look
 from captioning.losses import REWARDS, by_word, reinforce, word_nll
 from captioning.models.attention import looking
 from captioning.models.decoder import Decoder
-from captioning.objective import hard_terms, training_look
 from captioning.reward_baselines import BASELINES, Learned
 
 EXACT = HardConfig(lambda_e=0.0, expectation_probability=0.0)

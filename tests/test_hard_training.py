@@ -21,7 +21,8 @@ from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_tensors
 from captioning.config import EncoderConfig, HardConfig, LossConfig, Settings
 from captioning.data import CaptionData, CaptionDataset, load_batches
-from captioning.objective import HardTerms, teacher_forced, update_baseline
+from captioning.hard_objective import HardTerms
+from captioning.objective import teacher_forced, update_baseline
 from captioning.run import plan, start
 from captioning.vocabulary import PAD
 

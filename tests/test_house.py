@@ -32,7 +32,17 @@ ORDER = (
     ),
     ("models.baselines", "models.luong", "models.transformer", "models.registry"),
     ("models.depthwise", "models.encoder", "models.regions", "models.captioner", "models"),
-    ("losses", "reward_baselines", "decoding", "checkpoint", "optimization", "metrics", "listening", "diagnosis"),
+    (
+        "losses",
+        "reward_baselines",
+        "hard_objective",
+        "decoding",
+        "checkpoint",
+        "optimization",
+        "metrics",
+        "listening",
+        "diagnosis",
+    ),
     ("rewards", "visualize"),
     ("api", "soup", "evaluate", "distillation", "run", "objective", "self_critical", "training", "compare"),
 )
@@ -100,6 +110,12 @@ def test_modules_import_only_earlier_ones():
         assert name in ranks, f"{name} has no place in the order of imports"
         later = {other for other in own(path) if ranks.get(other, len(ranks)) >= ranks[name]}
         assert not later, f"{name} imports {', '.join(sorted(later))}"
+
+
+def test_the_documented_order_of_import_is_the_tested_one():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", page, flags=re.MULTILINE)
+    assert [tuple(re.findall(r"`([\w.]+)`", row)) for _, row in rows] == list(ORDER)
 
 
 @pytest.mark.parametrize("name", LEAVES)

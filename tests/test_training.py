@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from captioning.checkpoint import load_checkpoint, read_tensors
 from captioning.config import (
     DecoderConfig,
     EncoderConfig,
+    HardConfig,
+    LossConfig,
     OptimizerConfig,
     SearchConfig,
     Settings,
@@ -176,17 +178,35 @@ def test_every_validation_says_what_the_attention_does(whole_run):
     assert len(history) == 2
     for entry in history:
         assert 0 < entry["entropy"] <= 1
-        assert {"listening_gap", "mutual_information", "mutual_information_null", "movement_nouns"} <= entry.keys()
+        numbers = {"listening_gap", "mutual_information", "mutual_information_null", "movement_nouns", "gradient_snr"}
+        assert numbers <= entry.keys()
     curves = EventAccumulator(str(whole_run / "tensorboard")).Reload()
     points = [point.value for point in curves.Scalars("attention/entropy")]
     assert points == pytest.approx([entry["entropy"] for entry in history])
 
 
-def test_diagnosing_changes_no_bit(whole_run, tiny_data, tmp_path):
-    validation = dataclasses.replace(TINY["validation"], diagnose_images=0)
-    training.train(tiny_settings(tiny_data, tmp_path / "run", validation=validation))
-    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
-    assert "entropy" not in load_checkpoint(tmp_path / "run" / "last").about["progress"]["history"][0]
+@pytest.mark.parametrize("attention", ["soft", "hard"])
+def test_diagnosing_changes_no_bit(attention, tiny_data, tmp_path):
+    decoder = dataclasses.replace(TINY["decoder"], attention=attention)
+    hard = HardConfig(baseline="moving_average")  # which learns from every batch that it sees
+    for count in (0, 4):
+        validation = dataclasses.replace(TINY["validation"], diagnose_images=count)
+        run = tmp_path / str(count)
+        training.train(tiny_settings(tiny_data, run, decoder=decoder, hard=hard, validation=validation))
+        for entry in load_checkpoint(run / "last").about["progress"]["history"]:
+            assert ("entropy" in entry) == ("gradient_snr" in entry) == bool(count)
+    assert same_bits(saved_bits(tmp_path / "0"), saved_bits(tmp_path / "4"))
+
+
+def test_the_signal_is_that_of_the_runs_own_objective_without_its_teachers(tiny_data, tmp_path):
+    penalty = LossConfig(lambda_ds=100.0)
+    runs = [
+        start(tiny_settings(tiny_data, tmp_path / str(i), loss=loss)) for i, loss in enumerate((LossConfig(), penalty))
+    ]
+    weak, strong = (training.attention_signal(run) for run in runs)
+    assert strong > weak  # every batch pulls the attention the same way
+    runs[1].teachers = cast(Any, "nobody who could be asked")
+    assert training.attention_signal(runs[1]) == strong
 
 
 def test_training_says_plainly_when_attention_has_collapsed(tiny_data, tmp_path, capsys):
