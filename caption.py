@@ -9,6 +9,7 @@ Standard output has one line per photo: its path, a tab, the caption.
 import argparse
 import dataclasses
 import glob
+import io
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from captioning import Caption, Captioner, load_captioner
 from captioning.api import OVERLAYS
 from captioning.config import LOCATIONS, SearchConfig, given, one_line
-from captioning.files import fresh_file
+from captioning.files import fresh_file, make_place
 from captioning.images import EXTENSIONS, open_image
 from captioning.memory import keep_memory
 
@@ -80,14 +81,19 @@ def as_json(path: Path, caption: Caption) -> dict[str, Any]:
     return {"image": str(path), **values, "alternatives": alternatives}
 
 
-def write_overlay(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> Path | str:
-    """Draw the per-word attention on the photo; two photos of one name get two files.
+def draws(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> bool:
+    """Draw the per-word attention and say where; whether that went well: other photos are not lost if it did not."""
+    try:
+        said = write_overlay(path, caption, options, taken) if caption.words else "no words to overlay"
+    except (ValueError, OSError) as error:
+        print(f"caption: {path}: no overlay: {one_line(error)}", file=sys.stderr)
+        return False
+    print(f"{path}: {said}", file=sys.stderr)
+    return True
 
-    Returns:
-        The file, or why there is none.
-    """
-    if not caption.words:
-        return "no words to overlay"
+
+def write_overlay(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> Path:
+    """Draw the per-word attention on the photo; two photos of one name get two files."""
     numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
     names = (f"{path.stem}{number}.{options.overlay_format}" for number in numbers)
     name = next(name for name in names if name not in taken)
@@ -134,11 +140,11 @@ def make_folders(options: argparse.Namespace) -> None:
     if options.overlay:
         Path(options.overlay).mkdir(parents=True, exist_ok=True)
     if options.json and options.json != "-":
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        make_place(Path(options.json), "--json")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Caption every file; 2 if one of them could not be read."""
+    """Caption every file; 2 if one of them could not be read, or its overlay not be drawn."""
     files = image_files(options.images)
     captioner = load_captioner(options.checkpoint, device=options.device, head=options.head)
     if options.overlay and not captioner.attends:
@@ -146,18 +152,18 @@ def run(options: argparse.Namespace) -> int:
     make_folders(options)
     search = {**given(options, SearchConfig), "seed": options.seed}
     lines = sys.stderr if options.json == "-" else sys.stdout
-    results, unread, taken = [], 0, set[str]()
+    results, failed, taken = [], 0, set[str]()
     for path, caption in captions_of(captioner, files, options.batch_size, search):
         if isinstance(caption, Exception):
             print(f"caption: {caption}", file=sys.stderr)
-            unread += 1
+            failed += 1
             continue
         for each in (caption, *caption.alternatives):
             print(f"{path}\t{each.text}{'' if each.finished else ' ...'}", file=lines)
         if options.words:
             print_words(caption, lines)
         if options.overlay:
-            print(f"{path}: {write_overlay(path, caption, options, taken)}", file=sys.stderr)
+            failed += not draws(path, caption, options, taken)
         if options.json:
             results.append(as_json(path, caption))
     if options.json == "-":
@@ -165,7 +171,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.json:
         with fresh_file(Path(options.json)) as partial:
             partial.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    return 2 if unread else 0
+    return 2 if failed else 0
 
 
 def print_words(caption: Caption, lines: Any) -> None:
@@ -186,6 +192,8 @@ def print_words(caption: Caption, lines: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     keep_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text go out as they came in
     try:
         code = run(parser().parse_args(arguments))
         sys.stdout.flush()

@@ -216,6 +216,9 @@ def search_config(own: SearchConfig, **options: int | float | bool | str) -> Sea
             raise ValueError(f"unknown option {name!r}; allowed: {', '.join(allowed)}")
     if options.get("location", LOCATIONS[0]) not in LOCATIONS:
         raise ValueError(f"location must be one of {', '.join(LOCATIONS)} (got {options['location']!r})")
+    strange = [name for name in ("temperature", "top_k", "top_p") if name in options]
+    if strange and not options.get("sample"):
+        raise ValueError(f"{', '.join(strange)}: only captions that are drawn have it; set sample too (--sample)")
     return dataclasses.replace(SearchConfig() if options.get("sample") else own, **options)  # type: ignore[arg-type]
 
 

@@ -6,12 +6,14 @@ While a run goes on, its training state lies beside them (training.safetensors, 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,8 +28,9 @@ from captioning.config import (
 )
 from captioning.files import fresh_file
 from captioning.models.captioner import CaptioningModel
-from captioning.models.encoder import build_encoder
-from captioning.models.regions import build_region_encoder
+from captioning.models.decoder import Decoder
+from captioning.models.encoder import Encoder, build_encoder
+from captioning.models.regions import RegionEncoder, build_region_encoder
 from captioning.models.registry import build_decoder
 from captioning.vocabulary import Vocabulary
 
@@ -92,6 +95,7 @@ def build_model(
     *,
     region_encoder: RegionEncoderConfig | None = None,
     encoder_state: dict[str, Tensor] | None = None,
+    most: int | None = None,
 ) -> tuple[CaptioningModel, EncoderConfig]:
     """A new model, and its encoder's config with layer and grid filled in.
 
@@ -101,11 +105,28 @@ def build_model(
         vocabulary_size: V.
         region_encoder: what lies between the two; None for the default.
         encoder_state: weights of the cut network, from a data file or a checkpoint.
+        most: how many parameters there may be beside the encoder's; None sets no limit.
+
+    Raises:
+        ValueError: what `build_encoder` raises; more parameters than `most`, found before memory is taken for them.
     """
     cnn, encoder = build_encoder(encoder, state=encoder_state)
+    if most is not None:
+        with torch.device("meta"):
+            regions, language = _parts(cnn, region_encoder, decoder, vocabulary_size)
+        count = sum(x.numel() for part in (regions, language) for x in part.parameters())
+        if count > most:
+            raise ValueError(f"its config describes {count:,} parameters, its file has {most:,}")
+    regions, language = _parts(cnn, region_encoder, decoder, vocabulary_size)
+    return CaptioningModel(cnn, regions, language), encoder
+
+
+def _parts(
+    cnn: Encoder, region_encoder: RegionEncoderConfig | None, decoder: DecoderConfig, vocabulary_size: int
+) -> tuple[RegionEncoder, Decoder]:
     regions = build_region_encoder(region_encoder or RegionEncoderConfig(), annotation_dim=cnn.dim, grid=cnn.grid)
     language = build_decoder(decoder, vocabulary_size=vocabulary_size, annotation_dim=regions.dim)
-    return CaptioningModel(cnn, regions, language), encoder
+    return regions, language
 
 
 def save_checkpoint(
@@ -119,11 +140,9 @@ def save_checkpoint(
         half: store the weights as float16 (half the size; loading gives float32 again).
         training: what a resumed run needs beside the weights.
     """
-    new = fresh_folder(folder)
     state = _shared_once(checkpoint.model.state_dict())
     if half:
         state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
-    safetensors.torch.save_file(state, new / "model.safetensors")
     config = {
         "format": FORMAT,
         "encoder": to_dict(checkpoint.encoder),
@@ -132,12 +151,13 @@ def save_checkpoint(
         "search": to_dict(checkpoint.search),
         "about": dict(checkpoint.about),
     }
-    write_json(new / "config.json", config)
-    checkpoint.vocabulary.save(new / "vocabulary.json")
-    if training is not None:
-        safetensors.torch.save_file(training.tensors, new / "training.safetensors")
-        write_json(new / "training.json", training.progress)
-    replace_folder(new, folder)
+    with fresh_folder(folder) as new:
+        write_tensors(new / "model.safetensors", state)
+        write_json(new / "config.json", config)
+        checkpoint.vocabulary.save(new / "vocabulary.json")
+        if training is not None:
+            write_tensors(new / "training.safetensors", training.tensors)
+            write_json(new / "training.json", training.progress)
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -165,7 +185,12 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     cnn_state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     try:
         model, encoder = build_model(
-            encoder, decoder, len(vocabulary), region_encoder=region_encoder, encoder_state=cnn_state
+            encoder,
+            decoder,
+            len(vocabulary),
+            region_encoder=region_encoder,
+            encoder_state=cnn_state,
+            most=sum(x.numel() for name, x in state.items() if not name.startswith(prefix)),
         )
         load_state(model, state)
     except (RuntimeError, ValueError) as error:
@@ -179,10 +204,17 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def load_state(model: CaptioningModel, state: dict[str, Tensor]) -> None:
-    """Copy saved weights into a model, whatever type they were stored in; tied ones were stored once."""
+    """Copy saved weights into a model, whatever type they were stored in; tied ones were stored once.
+
+    Raises:
+        ValueError: they are not this model's.
+    """
     full = model.state_dict()
     shared = {name: first for name, first in _aliases(full).items() if name not in state}
-    model.load_state_dict({**state, **{name: state[first] for name, first in shared.items() if first in state}})
+    try:
+        model.load_state_dict({**state, **{name: state[first] for name, first in shared.items() if first in state}})
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit the model: {one_line(error)[:300]}") from error
 
 
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -208,6 +240,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a safetensors file: {one_line(error)}") from error
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for instance to a full disk; names the file.
+    """
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {one_line(error)}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -229,12 +273,17 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def fresh_folder(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be filled and then put in its place with `replace_folder`."""
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `folder` when the block ends well and else vanishes."""
     new = folder.with_name(folder.name + ".partial")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    return new
+    try:
+        yield new
+        replace_folder(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 def positive(owner: object, *names: str) -> None:
     """Refuse numbers that are not above 0."""
     for name in names:
-        if getattr(owner, name) <= 0:
+        if not getattr(owner, name) > 0:
             raise ValueError(f"{name} must be positive (got {getattr(owner, name)})")
 
 
@@ -22,7 +22,7 @@ def fraction(owner: object, *names: str) -> None:
 def not_negative(owner: object, *names: str) -> None:
     """Refuse numbers below 0."""
     for name in names:
-        if getattr(owner, name) < 0:
+        if not getattr(owner, name) >= 0:
             raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
 
 

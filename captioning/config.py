@@ -6,7 +6,7 @@ second with the name of the field, and not after an epoch.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -336,14 +336,32 @@ def from_dict(kind: type[T], values: Any, where: str) -> T:
     Raises:
         ValueError: in one line, naming `where` and the field.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
+    check_fields(kind, values, where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", type=kind)
     try:
         return parser.instantiate(parser.parse_object({"config": values})).config
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(f"{where}: {one_line(error)}") from error
+
+
+def check_fields(kind: type, values: Any, where: str) -> None:
+    """Refuse what is no field of a config, at any depth, before its parser sees it.
+
+    jsonargparse takes `class_path` for a module to import, and text in the place of a mapping for a file to open,
+    before it refuses either; a file that somebody sent must do neither.
+
+    Raises:
+        ValueError: naming `where` and the field.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
+    types = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{where}: no setting is called {name!r}; there are {', '.join(types)}")
+        if dataclasses.is_dataclass(types[name]):
+            check_fields(cast(type, types[name]), value, f"{where}.{name}")
 
 
 def given(options: object, kind: type) -> dict[str, Any]:

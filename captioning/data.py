@@ -266,7 +266,8 @@ def build_augmentation(augment: str, image_size: int, resample: Resample = "bicu
 class Collate:
     """Stack samples to a Batch, captions framed by START and END and padded to the longest.
 
-    An image's captions come longest first, and so do the images: decoders can drop what has ended from the batch.
+    An image's captions come longest first, and so do the images: decoders can drop what has ended from the batch. There
+    is a word to say even where no sample has a caption.
     """
 
     def __init__(self, captions_per_image: int):
@@ -275,7 +276,7 @@ class Collate:
     def __call__(self, items: Sequence[Item]) -> Batch:
         lengths = [max((len(ids) for ids in captions), default=-1) for _, captions, _ in items]
         items = [items[i] for i in sorted(range(len(items)), key=lambda i: -lengths[i])]
-        words = torch.full((len(items), self.captions_per_image, max(lengths) + 2), PAD, dtype=torch.long)
+        words = torch.full((len(items), self.captions_per_image, max(*lengths, 0) + 2), PAD, dtype=torch.long)
         for n, (_, captions, _) in enumerate(items):
             for k, ids in enumerate(sorted(captions, key=len, reverse=True)):
                 words[n, k, : len(ids) + 2] = torch.tensor([START, *ids.tolist(), END])

@@ -228,13 +228,14 @@ def caption_batches(
 ) -> Iterator[Batch]:
     """Images with up to CAPTIONS captions each, in the words of the model; batches of equal size, none of one image."""
     resize = build_augmentation("none", model.encoder.image_size, model.encoder.resample)
+    longest = data.longest_caption()  # references are cut as what is trained on is
     collate = Collate(min(CAPTIONS, max(len(data.captions_of(i)) for i in indices)))
     count = min(-(-len(indices) // batch_size), max(len(indices) // 2, 1))
     for part in np.array_split(np.asarray(indices), count):
         items = []
         for i in part.tolist():
             image = data.image(i)
-            captions = [np.asarray(vocabulary.encode(tokenize(text))) for text in data.references(i)[:CAPTIONS]]
+            captions = [np.asarray(vocabulary.encode(tokenize(x)[:longest])) for x in data.references(i)[:CAPTIONS]]
             items.append((image if data.kind == ANNOTATIONS else resize(image), captions, i))
         yield collate(items)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Integer, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
@@ -17,6 +17,7 @@ from captioning.evaluate import check_fits
 from captioning.losses import by_word
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
+from captioning.models.encoder import Encoder
 
 
 class Teachers:
@@ -54,9 +55,13 @@ class Teachers:
         return mean[rows.repeat_interleave(samples, dim=1)[mask.repeat_interleave(samples, dim=1)]]
 
 
-def _alike(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two modules hold the same tensors."""
+def _alike(first: Encoder, second: Encoder) -> bool:
+    """Whether two encoders make the same of a picture: the same tensors, in the same network, cut at the same node."""
     ours, theirs = first.state_dict(), second.state_dict()
+    if any(getattr(first, name) != getattr(second, name) for name in ("grid", "dim", "image_size", "resample")):
+        return False
+    if getattr(first.network, "code", None) != getattr(second.network, "code", None):
+        return False
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

@@ -24,6 +24,7 @@ from captioning.config import LOCATIONS, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis, search
 from captioning.diagnosis import Diagnosis, diagnose, signal_to_noise
+from captioning.files import make_place
 from captioning.memory import keep_memory
 from captioning.metrics import DEFAULT_METRICS, Scores, score
 from captioning.models.attention import is_hard
@@ -31,6 +32,9 @@ from captioning.models.captioner import CaptioningModel
 from captioning.results import read_references, read_results, select_references, write_results
 from captioning.tokenization import detokenize
 from captioning.vocabulary import Vocabulary
+
+_CUT = ("layer", "image_size", "resample")
+"""What annotation vectors depend on beside the encoder's weights and the fit."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,17 @@ def caption_split(
 
 
 def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
-    """Stored annotation vectors must come from the checkpoint's own encoder.
+    """Pixels must have been made square as the checkpoint's were; annotation vectors must come from its own encoder.
 
     Raises:
         ValueError: they do not; says what to do.
     """
+    fit, wanted = data.settings.get("fit", checkpoint.encoder.fit), checkpoint.encoder.fit
+    if fit != wanted and data.source.get("name") != "shapes":  # which are square
+        raise ValueError(
+            f"{data.path} was made with --fit {fit}, and the checkpoint learned from pictures made with "
+            f"--fit {wanted}; preprocess the photos so"
+        )
     if data.encoder is None:
         return
     own = checkpoint.model.encoder.network.state_dict()
@@ -96,10 +106,11 @@ def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
         own[name].shape == x.shape and torch.allclose(own[name].cpu().float(), x.float(), 1e-2, 1e-3)
         for name, x in stored.items()
     )
-    if not same or checkpoint.encoder.image_size != data.encoder.image_size:
+    if not same or any(getattr(checkpoint.encoder, name) != getattr(data.encoder, name) for name in _CUT):
         raise ValueError(
             f"{data.path} stores annotation vectors of another encoder than the checkpoint's "
-            f"({data.encoder.name}); preprocess the photos without --encoder and evaluate on those pixels"
+            f"({data.encoder.name}); preprocess the photos with --fit {wanted} and without --encoder, and evaluate on "
+            "those pixels"
         )
 
 
@@ -195,7 +206,7 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
     checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
     config = search_config(checkpoint.search, **given(options, SearchConfig))
     if options.output:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        make_place(Path(options.output), "--output")
     began = time.perf_counter()
     found, scores = evaluate(
         checkpoint,

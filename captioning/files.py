@@ -1,9 +1,14 @@
-"""Files that are there whole or not at all, and what they go by elsewhere."""
+"""Files that are there whole or not at all, that one process writes at a time, and what they go by elsewhere."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextmanager
@@ -12,7 +17,7 @@ def fresh_file(path: Path) -> Iterator[Path]:
 
     What was written is on the disk before the name changes, so that a crash leaves the old file or the new one.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a name may be as long as a system allows
     try:
         yield partial
         descriptor = os.open(partial, os.O_RDONLY)
@@ -21,6 +26,33 @@ def fresh_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> TextIO:
+    """Open a file that no other process holds; it is held until it is closed, or its process ends. Not on Windows.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    file = path.open("w")
+    if sys.platform != "win32":
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise BlockingIOError(f"{path}: another process holds it") from error
+    return file
+
+
+def make_place(path: Path, option: str) -> None:
+    """The folder of a file that will be written, before the work for it is done.
+
+    Raises:
+        IsADirectoryError: the file is a folder; names the option.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path}: is a folder; give the file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def short_name(path: str | Path) -> str:

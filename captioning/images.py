@@ -38,7 +38,7 @@ class Box(NamedTuple):
 
 
 def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image file as upright RGB: EXIF orientation applied, transparency on white, 16 bit scaled, first frame.
+    """Open an image file as upright RGB: transparency on white, 16 bit and floats scaled, the first frame.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,20 +66,24 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as upright RGB, 8 bit."""
+    """Any Pillow image as upright RGB, 8 bit. It says no more which way is up, so that nobody turns it again."""
     image.load()  # TIFF files turn themselves
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:  # ImageOps.exif_transpose also rewrites the EXIF block, and fails on a damaged one
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 65535.0 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 255.0
+        if image.mode == "F" and grey.max(initial=0) <= 1:
+            top = 1.0
         image = Image.fromarray(np.clip(grey * (255.0 / top), 0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}  # EXIF and XMP would go along
+    return image
 
 
 def visible_box(width: int, height: int, fit: Fit) -> Box:

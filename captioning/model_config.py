@@ -9,6 +9,10 @@ Fit = Literal["crop", "squash"]
 Resample = Literal["bicubic", "bilinear"]
 
 
+MAX_SIDE = 4096
+"""Pixels: a larger square input takes gigabytes for each photo."""
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """A torchvision CNN cut at a named node, and the picture that it sees.
@@ -38,6 +42,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         positive(self, "image_size")
+        if self.image_size > MAX_SIDE:
+            raise ValueError(f"image_size must be at most {MAX_SIDE} (got {self.image_size})")
 
 
 @dataclass(frozen=True)

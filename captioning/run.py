@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,8 @@ from captioning.checkpoint import (
 from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, CaptionDataset, Sample, check_augment, plan_epoch
 from captioning.distillation import Teachers, load_teachers
-from captioning.files import short_name
+from captioning.evaluate import check_fits
+from captioning.files import hold, short_name
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
     build_optimizer,
@@ -82,6 +83,7 @@ class Run:
     teachers: Teachers | None
     progress: Progress
     writer: SummaryWriter | None
+    lock: TextIO | None
     likelihood_steps: int
     total_steps: int
     reward: CiderD | None
@@ -143,7 +145,9 @@ def start(settings: Settings) -> Run:
     progress = Progress()
     if state is not None:
         check_same_run(settings, state)
-        load_state(model, load_checkpoint(output / "last").model.state_dict())
+        last = load_checkpoint(output / "last")
+        check_same_data(last, data)
+        load_state(model, last.model.state_dict())
         load_optimizer_tensors(optimizer, state.group("optimizer"))
         if average is not None:
             average.load_state_dict(state.group("average"))
@@ -154,7 +158,7 @@ def start(settings: Settings) -> Run:
     for part in (average, baseline):
         if part is not None:
             part.to(accelerator.device)
-    writer = open_output(settings, progress) if accelerator.is_main_process else None
+    writer, lock = open_output(settings, progress) if accelerator.is_main_process else (None, None)
     unlimited = dataclasses.replace(settings, max_steps=0)
     steps = [len(plan(unlimited, data, epoch=epoch)) for epoch in (0, settings.epochs - 1)]
     likelihood_steps = steps[0] * settings.likelihood_epochs
@@ -163,7 +167,7 @@ def start(settings: Settings) -> Run:
     reward = CiderD(references_with_end(data, "train")) if settings.self_critical.epochs else None
     parts = (model, wrapped, optimizer, average, baseline, teachers)
     steps_of = (min(likelihood_steps, total), total)
-    run = Run(settings, accelerator, data, encoder, *parts, progress, writer, *steps_of, reward)
+    run = Run(settings, accelerator, data, encoder, *parts, progress, writer, lock, *steps_of, reward)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         run,
@@ -175,18 +179,27 @@ def start(settings: Settings) -> Run:
     return run
 
 
-def open_output(settings: Settings, progress: Progress) -> SummaryWriter:
-    """Make the run's folder, save its settings there, and go on with its curves."""
+def open_output(settings: Settings, progress: Progress) -> tuple[SummaryWriter, TextIO]:
+    """Make the run's folder, hold it, save its settings there, and go on with its curves.
+
+    Raises:
+        FileExistsError: another process is training there.
+    """
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = hold(output / ".lock")
+    except BlockingIOError as error:
+        raise FileExistsError(f"output={output}: another process is training there now") from error
     write_json(output / "settings.json", to_dict(settings))
-    return SummaryWriter(str(output / "tensorboard"), purge_step=progress.step or None)
+    return SummaryWriter(str(output / "tensorboard"), purge_step=progress.step or None), lock
 
 
 def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel, EncoderConfig]:
     """The model of the settings: new, or from the checkpoint `init_from`, with the encoder that the data demands."""
     check_positions(settings, data)
     check_augment(data, settings.augment)
+    check_validation(settings, data)
     encoder, encoder_state = fit_encoder(settings.encoder, data), None
     build = partial(build_model, region_encoder=settings.region_encoder)
     if data.kind == ANNOTATIONS:
@@ -231,12 +244,25 @@ def check_positions(settings: Settings, data: CaptionData) -> None:
     decoder = settings.decoder
     if decoder.name != "transformer" or decoder.positions != "learned":
         return
-    needed = 1 + max(data.longest_caption(), settings.validation.search.max_length)
+    sampled = settings.self_critical.max_length if settings.self_critical.epochs else 0
+    needed = 1 + max(data.longest_caption(), settings.validation.search.max_length, sampled)
     if decoder.max_positions < needed:
         raise ValueError(
-            f"decoder.max_positions={decoder.max_positions}: captions of {data.path} and of the validation's search "
-            f"need {needed}; or use positions='sinusoidal'"
+            f"decoder.max_positions={decoder.max_positions}: captions of {data.path} and those that the validation's "
+            f"search and self-critical training make need {needed}; or use positions='sinusoidal'"
         )
+
+
+def check_validation(settings: Settings, data: CaptionData) -> None:
+    """What a validation needs must be there before an epoch is spent.
+
+    Raises:
+        ValueError: no images, or a search that the model cannot make.
+    """
+    data.indices(settings.validation.split)
+    location = settings.validation.search.location
+    if location != "argmax" and settings.decoder.attention != "hard":
+        raise ValueError(f"validation.search.location={location!r} needs decoder.attention='hard'")
 
 
 def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
@@ -290,6 +316,20 @@ def check_same_run(settings: Settings, state: TrainingState) -> None:
     for name in now:
         if name not in free and before[name] != now[name]:
             raise ValueError(f"--resume: {name} was {before[name]!r} and is now {now[name]!r}")
+
+
+def check_same_data(last: Checkpoint, data: CaptionData) -> None:
+    """A resumed run may read another file, if its words and annotation vectors mean the same.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if last.vocabulary != data.vocabulary:
+        raise ValueError(f"--resume: the vocabulary of {data.path} is not that of the run")
+    try:
+        check_fits(last, data)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from error
 
 
 def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Sample]]:

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from captioning.config import Settings, one_line
+from captioning.config import Settings, check_fields, one_line
 
 
 def recipes() -> dict[str, Path]:
@@ -27,6 +28,19 @@ def recipe_path(name_or_path: str) -> str:
     if Path(name_or_path).is_file():
         return name_or_path
     raise FileNotFoundError(f"--config {name_or_path}: no such file or recipe; recipes are {', '.join(recipes())}")
+
+
+def check_recipe(path: Path) -> None:
+    """Refuse what is no setting before anything interprets it, see `check_fields`: a recipe may be somebody else's.
+
+    Raises:
+        ValueError: naming the file and the field.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"--config {path}: not YAML: {one_line(error)}") from error
+    check_fields(Settings, values or {}, f"--config {path}")
 
 
 def settings_parser() -> ArgumentParser:
@@ -49,6 +63,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     if "--config" in words[:-1]:  # the recipe is read first, whatever its place, so that every other word overrides it
         i = words.index("--config")
         words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]
+        check_recipe(Path(words[1]))
     parser = settings_parser()
     try:
         values = parser.instantiate(parser.parse_args(words)).as_dict()

@@ -57,6 +57,7 @@ def train(settings: Settings) -> Path:
                 break
             train_epoch(run, stop)
             if (epoch + 1) % settings.validation.every == 0 or run.progress.step >= run.total_steps:
+                save_last(run)  # whatever happens while captions are searched, the epoch is not lost
                 validate(run)
             run.progress.epoch, run.progress.batch = epoch + 1, 0
             save_last(run)
@@ -89,7 +90,7 @@ class Means:
 
     def __str__(self) -> str:
         shown = [name for name in ("reward", "length", "nll") if name in self.sums]
-        means = [f"{name} {self.sums[name] / self.weights:.4f}" for name in shown]
+        means = [f"{name} {self.sums[name] / max(self.weights, 1):.4f}" for name in shown]
         return ", ".join([*means, f"{self.words / self.seconds:,.0f} words/s"])
 
 

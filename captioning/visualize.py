@@ -225,7 +225,8 @@ class _Sentence:
         frame.paste(Image.fromarray(picture), (offset, 0))
         draw = ImageDraw.Draw(frame)
         if cell is not None:
-            edges = (cell.left + offset, cell.top, cell.right + offset - 1, cell.bottom - 1)
+            left, top = cell.left + offset, cell.top
+            edges = (left, top, max(left, cell.right + offset - 1), max(top, cell.bottom - 1))  # cells may be < 1 pixel
             draw.rectangle(edges, outline=_ACCENT, width=2)
         for index, (word, (x, y)) in enumerate(zip(self.words[:shown], self.places, strict=False)):
             current = index == shown - 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
 from captioning.config import EncoderConfig, given, one_line
+from captioning.files import make_place
 from captioning.memory import keep_memory
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
@@ -58,9 +59,8 @@ def _run(options: argparse.Namespace) -> Summary:
     for path in _paths(options, "images"):
         if not path.is_dir():
             raise FileNotFoundError(f"--images {path}: no such folder")
-    if not options.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--output {options.output}: its folder does not exist")
     records = options.read(options)[: options.limit]
+    make_place(options.output, "--output")
     companions = {}
     if options.source == "shapes":
         records[0].image.render(settings.image_size)  # a picture too small to draw is refused now

@@ -209,6 +209,8 @@ def _csv_rows(file: Path, *, strict: bool) -> Iterator[tuple[str, dict[str, Any]
             where = f"{file}:{reader.line_num}"
             if not strict:
                 values = [*values[: len(header) - 1], ",".join(values[len(header) - 1 :])] if values else []
+                if any("\n" in value for value in values):
+                    raise ValueError(f"{where}: a quote that was opened some lines above is never closed")
             if values and len(values) != len(header):
                 raise ValueError(f"{where}: {len(values)} fields for {','.join(header)}; quote texts with commas")
             if values:

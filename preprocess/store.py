@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import h5py
 import numpy as np
@@ -32,7 +32,7 @@ from captioning.data import (
     VOCABULARY,
     WORDS,
 )
-from captioning.files import fresh_file
+from captioning.files import fresh_file, hold
 from captioning.vocabulary import Vocabulary
 from preprocess.sources import Record
 
@@ -48,7 +48,7 @@ class Partial:
         restart: throw away what another command left instead of refusing.
 
     Raises:
-        ValueError: another command left the folder.
+        ValueError: another command left the folder, or is at work there now.
     """
 
     def __init__(self, folder: Path, key: str, *, shape: tuple[int, ...], dtype: type[np.generic], restart: bool):
@@ -61,8 +61,22 @@ class Partial:
         self.broken: list[tuple[int, str]] = []
         self._images = folder / "images.bin"
         self._journal = folder / "journal.jsonl"
+        self._lock = self._alone()
         self._claim(key, restart)
         self._recover()
+
+    def _alone(self) -> TextIO:
+        """Hold the folder, made if it is not there, against other processes as long as this object lives."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return hold(self.folder / "lock")
+        except BlockingIOError as error:
+            raise ValueError(f"{self.folder}: another process is writing there now") from error
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _claim(self, key: str, restart: bool) -> None:
         file = self.folder / "key"
@@ -72,10 +86,9 @@ class Partial:
                     f"{self.folder}: left by a run with other settings, captions or photos; delete it, "
                     "or start afresh with --overwrite"
                 )
-            shutil.rmtree(self.folder)
+            self._empty()
         if not file.is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            self._empty()
             self._images.touch()
             self._journal.touch()
             write_whole(file, key)

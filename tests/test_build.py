@@ -302,7 +302,7 @@ def test_an_output_that_is_there_is_kept_unless_told_to_overwrite(tmp_path, caps
         (["--val-fraction", "1"], "val_fraction=1.0 and test_fraction=0.1"),
         (["--images", "nowhere"], "--images nowhere: no such folder"),
         (["--captions", "no.csv"], "no.csv: no such file"),
-        (["--output", "nowhere/d.h5"], "its folder does not exist"),
+        (["--output", "."], "--output .: is a folder; give the file to write"),
         (["--mirror"], "mirror needs an encoder: pixels are mirrored when they are read"),
         (["--encoder", "resnet17"], "--encoder 'resnet17' is no torchvision classification model"),
         (["--encoder", "resnet18", "--weights", "no.pth"], "--weights=no.pth: no such file"),
@@ -373,3 +373,22 @@ def test_cocos_validation_file_works_with_the_photos_that_are_there(tmp_path, sh
     assert len(data.indices("val")) == len(data) == 300
     assert all(name.isdecimal() for name in data.names)
     assert (root / "val2017" / f"{int(data.names[0]):012d}.jpg").is_file()
+
+
+def test_the_folder_of_the_output_is_made(tmp_path):
+    root = photos(tmp_path / "in", 3)
+    assert main(command(root, tmp_path / "new" / "data" / "d.h5")) == 0
+    assert len(CaptionData(tmp_path / "new" / "data" / "d.h5")) == 3
+
+
+def test_two_processes_do_not_write_the_same_file(tmp_path):
+    held = partial(tmp_path / "p")
+    held.append(np.ones((2, 2), np.float16), [])
+    code = "import numpy as np, sys; from pathlib import Path; from preprocess.store import Partial\n"
+    code += "Partial(Path(sys.argv[1]), 'k', shape=(2,), dtype=np.float16, restart=True)"
+    words = [sys.executable, "-c", code, str(tmp_path / "p")]
+    other = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert other.returncode == 1
+    assert other.stderr.splitlines()[-1] == f"ValueError: {tmp_path / 'p'}: another process is writing there now"
+    assert partial(tmp_path / "p").batches == 1
+    del held

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -368,3 +369,68 @@ def test_a_misspelt_option_names_those_there_are(tiny_checkpoint, photos):
 def test_a_batch_of_nothing_is_refused(tiny_checkpoint, photos, batch_size):
     with pytest.raises(ValueError, match=f"batch_size must be at least 1 \\(got {batch_size}\\)"):
         load_captioner(tiny_checkpoint).caption(photos / "a.png", batch_size=batch_size)
+
+
+def test_a_photo_that_says_it_is_turned_is_captioned_as_it_is_shown(call, photos, tiny_checkpoint, tmp_path):
+    upright = Image.open(photos / "c.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored after a quarter turn anti-clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    target = tmp_path / "all.json"
+    code, _, _ = call(tmp_path / "turned.png", tmp_path / "upright.png", "--json", target, "--overlay", tmp_path / "o")
+    turned, straight = json.loads(target.read_text())
+    assert code == 0
+    assert {**turned, "image": ""} == {**straight, "image": ""}
+    assert turned["text"] == load_captioner(tiny_checkpoint).caption([tmp_path / "turned.png"])[0].text
+
+
+def test_one_overlay_that_cannot_be_drawn_loses_nothing_else(call, command, photos, tmp_path, monkeypatch):
+    real = command.Caption.overlay
+
+    def overlay(caption, photo, path):
+        if photo.name == "a.png":
+            raise OSError("File name too long")
+        return real(caption, photo, path)
+
+    monkeypatch.setattr(command.Caption, "overlay", overlay)
+    target, files = tmp_path / "all.json", (photos / "a.png", photos / "b.png")
+    code, out, err = call(*files, "--json", target, "--overlay", tmp_path / "o")
+    assert code == 2
+    assert captioned(out) == [str(path) for path in files]
+    assert err == [
+        f"caption: {files[0]}: no overlay: File name too long",
+        f"{files[1]}: {tmp_path / 'o' / 'b.png'}",
+    ]
+    assert len(json.loads(target.read_text())) == 2
+
+
+def test_the_longest_name_that_a_file_can_have_has_an_overlay(call, photos, tmp_path):
+    photo = tmp_path / f"{'n' * 251}.png"
+    shutil.copy(photos / "a.png", photo)
+    code, _, _ = call(photo, "--overlay", tmp_path / "o")
+    assert code == 0
+    assert (tmp_path / "o" / photo.name).is_file()
+
+
+def test_json_into_a_folder_is_refused_before_the_work(call, photos, tmp_path):
+    code, out, err = call(photos / "a.png", "--json", tmp_path)
+    assert (code, out) == (2, [])
+    assert err == [f"caption: --json {tmp_path}: is a folder; give the file to write"]
+
+
+@pytest.mark.parametrize("option", [("--top-k", 1), ("--top-p", 0.5), ("--temperature", 5)])
+def test_what_only_drawing_reads_is_refused_without_it(call, photos, option):
+    code, out, err = call(photos / "a.png", *option)
+    assert (code, out) == (2, [])
+    assert "only captions that are drawn have it; set sample too (--sample)" in err[0]
+    assert call(photos / "a.png", "--sample", *option)[0] == 0
+
+
+def test_a_file_name_that_is_no_text_comes_out_as_it_went_in(photos, tiny_checkpoint, tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xe9.png"
+    shutil.copy(photos / "a.png", name)
+    words = [sys.executable, "caption.py", name, "--checkpoint", str(tiny_checkpoint), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.split(b"\t")[0]) == (0, name), done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from captioning import load_captioner
@@ -309,3 +310,29 @@ def test_a_pretrained_checkpoint_goes_by_its_name(folder, monkeypatch):
 def test_dot_alignment_of_unequal_sizes_cannot_be_built(tiny_checkpoint):
     with pytest.raises(ValueError, match=r"alignment='dot' needs .*16.*128"):
         build_model(load_checkpoint(tiny_checkpoint).encoder, DecoderConfig(hidden_dim=16, alignment="dot"), 9)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one_and_nothing_beside(folder, monkeypatch):
+    checkpoint, before = load_checkpoint(folder), (folder / "model.safetensors").read_bytes()
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors: I/O error: No space left on device"):
+        save_checkpoint(folder, checkpoint)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("field", ["hidden_dim", "embedding_dim", "attention_dim"])
+def test_a_config_that_asks_for_terabytes_is_refused_before_they_are_taken(folder, field):
+    edit(folder / "config.json", **{f"decoder__{field}": 10**7})
+    with pytest.raises(ValueError, match=r"config describes [\d,]{9,} parameters, its file has [\d,]+$"):
+        load_checkpoint(folder)
+
+
+def test_pictures_of_a_million_pixels_a_side_are_refused(folder):
+    edit(folder / "config.json", encoder__image_size=10**6)
+    with pytest.raises(ValueError, match=r"config\.json: encoder: .*image_size must be at most 4096"):
+        load_checkpoint(folder)

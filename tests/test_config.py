@@ -1,7 +1,9 @@
 """Settings: every recipe reads, the command line beats it, and a mistake is one line that names the field."""
 
+import builtins
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -251,3 +253,48 @@ def test_every_optimizer_and_schedule_has_its_entry():
 def test_every_setting_is_documented(config):
     documented = [line.split(":")[0].strip() for line in str(config.__doc__).splitlines()]
     assert [field.name for field in dataclasses.fields(config) if field.name not in documented] == []
+
+
+@pytest.fixture
+def intruder(tmp_path, monkeypatch):
+    """A module that a file from elsewhere could name; what it did if it was imported."""
+    (tmp_path / "intruder.py").write_text("import builtins\nbuiltins.intruded = True\nclass X: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delattr("builtins.intruded", raising=False)
+    yield lambda: hasattr(builtins, "intruded")
+    sys.modules.pop("intruder", None)
+    vars(builtins).pop("intruded", None)
+
+
+ATTACKS = [
+    {"class_path": "intruder.X"},
+    {"class_path": "intruder.X", "init_args": {}},
+    {"encoder": {"class_path": "intruder.X"}},
+    {"validation": {"search": {"class_path": "intruder.X"}}},
+    {"encoder": "intruder.X"},
+    {"validation": {"search": "recipe.yaml"}},
+]
+
+
+@pytest.mark.parametrize("values", ATTACKS, ids=json.dumps)
+def test_a_config_from_elsewhere_imports_nothing_and_opens_nothing(values, intruder, tmp_path):
+    with pytest.raises(ValueError, match=r"^theirs[\w.]*: (no setting is called|expected a mapping)"):
+        from_dict(Settings, {"data": "d.h5", "output": "runs/x", **values}, "theirs")
+    assert not intruder()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"--config .*recipe\.yaml[\w.]*: (no setting is called|expected a mapping)"):
+        parse_settings(["--config", str(recipe), "--data", "d.h5", "--output", "runs/x"])
+    assert not intruder()
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("epochs: [1\n")
+    with pytest.raises(ValueError, match=r"--config .*recipe\.yaml: not YAML"):
+        parse_settings(["--config", str(tmp_path / "recipe.yaml")])
+
+
+@pytest.mark.parametrize("name", ["temperature", "length_penalty"])
+def test_what_is_not_a_number_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must .*nan"):
+        SearchConfig(sample=True, **{name: float("nan")})

@@ -263,3 +263,9 @@ def test_an_unknown_or_empty_split_names_those_that_are_there(tiny_data, tmp_pat
         file["image/split"][()] = 1
     with pytest.raises(ValueError, match=r"x\.h5: no images of split 'train'; there are val$"):
         CaptionData(tmp_path / "x.h5").indices("train")
+
+
+def test_a_batch_without_captions_has_words_to_leave_out():
+    batch = Collate(2)([(torch.zeros(3, 4), [], 0), (torch.zeros(3, 4), [], 1)])
+    assert batch.words.shape == (2, 2, 2)
+    assert (batch.words == PAD).all()

@@ -10,6 +10,7 @@ import torch
 
 from captioning.config import DecoderConfig, SearchConfig
 from captioning.decoding import search
+from captioning.losses import word_nll
 from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import ATTENTIONS
 from captioning.models.baselines import CONTEXTS, INJECTIONS
@@ -271,3 +272,12 @@ def test_tied_embeddings_are_one_matrix(config):
 )
 def test_every_word_of_the_config_has_its_class(field, registry):
     assert set(get_type_hints(DecoderConfig)[field].__args__) == set(registry)
+
+
+@every_variant
+def test_a_process_whose_part_of_a_batch_has_no_captions_learns_nothing_from_it(config):
+    decoder, (a, words) = build(config), batch()
+    output = decoder(a, torch.full_like(words[..., :2], PAD))
+    assert len(output.logits) == len(output.targets) == int(output.mask.sum()) == 0
+    word_nll(output.logits, output.targets).sum().backward()
+    assert all(p.grad is None or not p.grad.abs().sum() for p in decoder.parameters())

@@ -11,7 +11,7 @@ from test_hard_training import first_batch, hard_settings
 from test_training import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 from captioning import training
-from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
 from captioning.config import DistillationConfig, EncoderConfig, HardConfig, SelfCriticalConfig, Settings
 from captioning.data import CaptionData
 from captioning.distillation import Teachers, load_teachers
@@ -172,3 +172,17 @@ def test_settings_without_a_meaning_are_refused(tiny_data, tmp_path):
         taught(
             tiny_data, tmp_path, ["a"], epochs=1, init_from="b", self_critical=SelfCriticalConfig(epochs=1, samples=2)
         )
+
+
+def test_teachers_share_an_encoder_only_if_it_is_cut_at_the_same_node():
+    layers = ("layer2.1.relu_1", "layer2.1.relu_1", "layer2.1.add")
+    vocabulary, decoder = 9, TINY["decoder"]
+    first = build_model(dataclasses.replace(FROZEN, layer=layers[0]), decoder, vocabulary)[0]
+    state = first.encoder.network.state_dict()
+    models = [
+        build_model(dataclasses.replace(FROZEN, layer=layer), decoder, vocabulary, encoder_state=state)[0]
+        for layer in layers
+    ]
+    same, alike, other = (model.encoder for model in Teachers(models).models)
+    assert same is alike
+    assert same is not other

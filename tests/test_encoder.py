@@ -17,7 +17,14 @@ from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save
 from captioning.config import DecoderConfig, EncoderConfig
 from captioning.losses import word_nll
 from captioning.models.captioner import CaptioningModel
-from captioning.models.encoder import IMAGENET_MEAN, IMAGENET_STD, build_encoder, find_layer, read_weights
+from captioning.models.encoder import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_encoder,
+    find_layer,
+    read_weights,
+    spatial_nodes,
+)
 from captioning.vocabulary import SPECIAL, START, Vocabulary
 
 RESNETS = list_models(module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -279,3 +286,17 @@ def test_the_trained_mobilenet_gives_annotation_vectors(shared):
     assert 0 <= a.min() < a.max() <= 6  # its last activation is ReLU6
     stored = torch.load(path, weights_only=True)
     assert all(torch.equal(x, stored[name]) for name, x in encoder.network.state_dict().items())
+
+
+def test_maps_whose_channels_come_last_are_no_feature_maps():
+    nodes = spatial_nodes("swin_t", 224)
+    assert nodes
+    assert all(node.height == node.width for node in nodes)
+    with pytest.raises(ValueError, match=r"grid=14 is no grid of swin_t; allowed: \[7, 56\]"):
+        build_encoder(EncoderConfig("swin_t", grid=14, weights=None))
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_b_16", 320), ("inception_v3", 64)])
+def test_a_network_that_takes_no_pictures_of_a_size_says_so(name, size):
+    with pytest.raises(ValueError, match=rf"encoder\.name='{name}' takes no pictures of encoder\.image_size={size}"):
+        build_encoder(EncoderConfig(name, weights=None, image_size=size))

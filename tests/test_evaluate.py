@@ -13,7 +13,7 @@ import torch
 from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioning.config import EncoderConfig, SearchConfig
 from captioning.data import CaptionData
-from captioning.evaluate import main
+from captioning.evaluate import check_fits, main
 from captioning.metrics import java_found
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import build_encoder
@@ -182,7 +182,7 @@ def test_annotation_vectors_of_another_encoder_are_refused(call, tiny_checkpoint
     code, out, err = call("--checkpoint", tmp_path / "other", "--data", tiny_annotations)
     assert (code, out, len(err)) == (2, [], 1)
     assert "annotations.h5 stores annotation vectors of another encoder than the checkpoint's (resnet18)" in err[0]
-    assert "preprocess the photos without --encoder" in err[0]
+    assert "preprocess the photos with --fit crop and without --encoder" in err[0]
 
 
 def test_annotation_vectors_of_another_network_are_refused(call, tiny_checkpoint, tmp_path):
@@ -225,3 +225,27 @@ def test_the_real_command_prints_no_traceback(tmp_path, tiny_checkpoint):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"evaluate: .*x\.h5: not an HDF5 file: .*\n", done.stderr)
+
+
+def test_vectors_of_the_same_network_cut_elsewhere_or_seen_otherwise_are_others(tiny_checkpoint, tiny_annotations):
+    checkpoint, data = load_checkpoint(tiny_checkpoint), CaptionData(tiny_annotations)
+    check_fits(checkpoint, data)
+    for change in ({"layer": "layer2.1.add"}, {"resample": "bilinear"}):
+        other = dataclasses.replace(checkpoint, encoder=dataclasses.replace(checkpoint.encoder, **change))
+        with pytest.raises(ValueError, match="annotation vectors of another encoder"):
+            check_fits(other, data)
+
+
+def test_photos_made_square_in_another_way_are_refused(tiny_checkpoint, tiny_data):
+    checkpoint, data = load_checkpoint(tiny_checkpoint), CaptionData(tiny_data)
+    squashed = dataclasses.replace(checkpoint, encoder=dataclasses.replace(checkpoint.encoder, fit="squash"))
+    check_fits(squashed, data)  # scenes are square
+    data.source = {"name": "flickr8k"}
+    check_fits(checkpoint, data)
+    with pytest.raises(ValueError, match=r"was made with --fit crop, .* with --fit squash; preprocess the photos so"):
+        check_fits(squashed, data)
+
+
+def test_output_into_a_folder_is_refused_before_the_work(call, tiny_checkpoint, tiny_data, tmp_path):
+    code, out, err = call("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--output", tmp_path)
+    assert (code, out, err) == (2, [], [f"evaluate: --output {tmp_path}: is a folder; give the file to write"])

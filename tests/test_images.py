@@ -239,3 +239,20 @@ def test_a_square_of_the_right_size_is_left_as_it_is():
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for fit in ("crop", "squash"):
         np.testing.assert_array_equal(to_array(to_square(photo, 32, fit)), to_array(photo))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_opened_photo_is_turned_once_only(orientation, kind, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x", kind, exif=exif)
+    opened = open_image(tmp_path / "x")
+    assert opened.size == ((12, 8) if orientation < 5 else (8, 12))
+    np.testing.assert_array_equal(to_array(to_rgb(opened)), to_array(opened))
+
+
+def test_grey_floats_up_to_one_are_scaled(tmp_path):
+    assert pixels_of(row("F", 0.0, 0.5, 1.0), tmp_path / "x.tif") == [(0,) * 3, (127,) * 3, (255,) * 3]
+    assert pixels_of(row("F", float("nan"), 1.0), tmp_path / "x.tif") == [(0,) * 3, (255,) * 3]

@@ -273,3 +273,10 @@ def test_cocos_validation_file_gives_its_five_thousand_images(shared):
     assert {record.split for record in records} == {"val"}
     assert (len(records), sum(len(record.captions) for record in records)) == (5000, 25014)
     assert sum(record.image.is_file() for record in records) == 300
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
+    content = 'image,caption\na.jpg,A dog .\nb.jpg,"a dog runs .\nc.jpg,A cat .\nd.jpg,A bird .\n'
+    captions = write(tmp_path / "captions.txt", content)
+    with pytest.raises(ValueError, match=r"captions\.txt:5: a quote that was opened some lines above is never closed"):
+        flickr(captions, tmp_path, lists(tmp_path, train="a.jpg b.jpg c.jpg d.jpg"))

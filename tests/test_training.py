@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import h5py
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -231,7 +232,7 @@ def test_two_processes_train_to_nearly_the_weights_of_one(tiny_data, tmp_path):
         "decoder": dataclasses.replace(TINY["decoder"], dropout=0.0),
         "optimizer": OptimizerConfig(learning_rate=0.001, encoder_learning_rate=0.001),
         "augment": "none",
-        "batch_size": 7,  # does not divide by two: the halves are unequal
+        "batch_size": 31,  # of 32 samples: the halves are unequal, and of the last batch one process has nothing
     }
     training.train(tiny_settings(tiny_data, tmp_path / "one", **changes))
     recipe = tmp_path / "recipe.json"
@@ -341,7 +342,7 @@ def test_a_run_of_an_older_version_is_resumed(whole_run, tiny_data, tmp_path):
     start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
     state["settings"]["decoder"]["gait"] = "scalar"
     path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"last: its settings: .*gait"):
+    with pytest.raises(ValueError, match=r"last: its settings\.decoder: no setting is called .gait."):
         start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
 
 
@@ -388,3 +389,54 @@ def test_the_commands_mistakes_are_one_line_and_exit_code_2(extra, tmp_path, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("train: ")
+
+
+def test_nothing_to_validate_on_is_said_before_an_epoch_is_spent(tiny_data, tmp_path):
+    data = tmp_path / "train.h5"
+    shutil.copy(tiny_data, data)
+    with h5py.File(data, "r+") as file:
+        file["image/split"][:] = 0
+    with pytest.raises(ValueError, match="no images of split 'val'; there are train"):
+        start(tiny_settings(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_that_the_model_cannot_make_is_refused_at_once(tiny_data, tmp_path):
+    validation = ValidationConfig(search=SearchConfig(location="sample"))
+    with pytest.raises(ValueError, match=r"validation\.search\.location='sample' needs decoder\.attention='hard'"):
+        start(tiny_settings(tiny_data, tmp_path / "run", validation=validation))
+
+
+def test_a_run_goes_on_with_its_own_words_only(tiny_data, tmp_path):
+    settings = tiny_settings(tiny_data, tmp_path / "run")
+    train_interrupted(settings, 2)
+    data = tmp_path / "other.h5"
+    shutil.copy(tiny_data, data)
+    with h5py.File(data, "r+") as file:
+        file["vocabulary"][-1] = "azure"
+    with pytest.raises(ValueError, match=r"--resume: the vocabulary of .*other\.h5 is not that of the run"):
+        start(dataclasses.replace(settings, data=str(data), resume=True))
+
+
+def test_an_epoch_is_not_lost_when_its_validation_fails(tiny_data, tmp_path, whole_run, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("the captions took too much")
+
+    settings = tiny_settings(tiny_data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "caption_split", fail)
+        with pytest.raises(MemoryError):
+            training.train(settings)
+    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == STEPS // 2
+    training.train(dataclasses.replace(settings, resume=True))
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_data, tmp_path):
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(dataclasses.asdict(run.settings)))
+    command = [sys.executable, "train.py", "--config", str(recipe)]
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert other.stderr.strip().endswith(f"output={tmp_path / 'run'}: another process is training there now")

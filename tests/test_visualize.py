@@ -350,3 +350,9 @@ def test_a_wrong_argument_is_named(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         overlay(arguments.pop("photo"), arguments.pop("words"), arguments.pop("alphas"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_cells_smaller_than_a_pixel_can_be_outlined():
+    frames = animation(made_photo(1600, 12), WORDS, some_maps(), betas=[0.1, 0.2, 0.3], locations=[0, 1, 2])
+    assert len(frames) == 4
+    assert len(animation(made_photo(1, 1), WORDS, some_maps(), locations=[0, 1, 2])) == 4

@@ -162,31 +162,47 @@ def _network(name: str) -> nn.Module:
         raise ValueError(f"encoder.name={name!r} is no torchvision classification model; e.g. vgg19, resnet50")
     options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+        for kind in (UserWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
         return get_model(name, weights=None, **options)
 
 
 @functools.cache
 def spatial_nodes(name: str, image_size: int) -> tuple[SpatialNode, ...]:
-    """The nodes of a network whose output is a feature map larger than 1x1, in order of execution.
+    """The nodes of a network whose output is a square feature map larger than 1x1, in order of execution.
 
-    Shapes are propagated on the meta device: nothing is computed and no memory taken.
+    Pictures are square, and so are their maps: what is not has its channels last, or is none. Shapes are propagated on
+    the meta device: nothing is computed and no memory taken.
+
+    Raises:
+        ValueError: the network takes no pictures of this size.
     """
+    network, batch = _on_meta(name), 5  # windows of a swin are no images, though they come in the same place
+    try:
+        images = torch.empty(batch, 3, image_size, image_size, device="meta")
+        names = get_graph_node_names(network, suppress_diff_warning=True)[1]
+        extractor = create_feature_extractor(network, [n for n in names if n != "x"], suppress_diff_warning=True)
+        with torch.no_grad():
+            outputs = extractor(images)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"encoder.name={name!r} takes no pictures of encoder.image_size={image_size}: {one_line(error)[:200]}"
+        ) from error
+    return tuple(
+        SpatialNode(node, *output.shape[1:])
+        for node, output in outputs.items()
+        if isinstance(output, Tensor) and output.dim() == 4 and len(output) == batch
+        if output.shape[2] == output.shape[3] > 1
+    )
+
+
+def _on_meta(name: str) -> nn.Module:
     try:
         with torch.device("meta"):
             network = _network(name).eval()
     except NotImplementedError:  # some constructors (RegNet's) compute with tensors
         network = _network(name).eval().to("meta")
-    images = torch.empty(1, 3, image_size, image_size, device="meta")
-    names = get_graph_node_names(network, suppress_diff_warning=True)[1]
-    extractor = create_feature_extractor(network, [n for n in names if n != "x"], suppress_diff_warning=True)
-    with torch.no_grad():
-        outputs = extractor(images)
-    return tuple(
-        SpatialNode(node, *output.shape[1:])
-        for node, output in outputs.items()
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] > 1 and output.shape[3] > 1
-    )
+    return network
 
 
 def find_layer(config: EncoderConfig) -> SpatialNode:
