@@ -13,7 +13,7 @@ from torch import Tensor
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
 from captioning.data import CaptionData
-from captioning.evaluate import check_fits
+from captioning.evaluate import check_same_task
 from captioning.losses import by_word
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
@@ -80,11 +80,6 @@ def load_teachers(paths: Sequence[str], data: CaptionData, *, device: str | torc
     models = []
     for path in paths:
         checkpoint = load_checkpoint(checkpoint_folder(path))
-        if checkpoint.vocabulary != data.vocabulary:
-            raise ValueError(f"distillation.teachers: the vocabulary of {path} is not that of {data.path}")
-        try:
-            check_fits(checkpoint, data)
-        except ValueError as error:
-            raise ValueError(f"distillation.teachers: {path}: {error}") from error
+        check_same_task(checkpoint, data, f"distillation.teachers: {path}")
         models.append(checkpoint.model.to(device))
     return Teachers(models) if models else None

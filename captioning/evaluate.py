@@ -114,6 +114,20 @@ def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
         )
 
 
+def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str) -> None:
+    """A checkpoint that has a part in training on this data must have its words, and its images.
+
+    Raises:
+        ValueError: it does not; says who, and why.
+    """
+    if checkpoint.vocabulary != data.vocabulary:
+        raise ValueError(f"{who}: its vocabulary is not that of {data.path}")
+    try:
+        check_fits(checkpoint, data)
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from error
+
+
 def evaluate(
     checkpoint: Checkpoint,
     data: CaptionData,

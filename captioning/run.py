@@ -31,7 +31,7 @@ from captioning.checkpoint import (
 from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, CaptionDataset, Sample, check_augment, plan_epoch
 from captioning.distillation import Teachers, load_teachers
-from captioning.evaluate import check_fits
+from captioning.evaluate import check_same_task
 from captioning.files import hold, short_name
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
@@ -146,7 +146,7 @@ def start(settings: Settings) -> Run:
     if state is not None:
         check_same_run(settings, state)
         last = load_checkpoint(output / "last")
-        check_same_data(last, data)
+        check_same_task(last, data, "--resume")
         load_state(model, last.model.state_dict())
         load_optimizer_tensors(optimizer, state.group("optimizer"))
         if average is not None:
@@ -316,20 +316,6 @@ def check_same_run(settings: Settings, state: TrainingState) -> None:
     for name in now:
         if name not in free and before[name] != now[name]:
             raise ValueError(f"--resume: {name} was {before[name]!r} and is now {now[name]!r}")
-
-
-def check_same_data(last: Checkpoint, data: CaptionData) -> None:
-    """A resumed run may read another file, if its words and annotation vectors mean the same.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if last.vocabulary != data.vocabulary:
-        raise ValueError(f"--resume: the vocabulary of {data.path} is not that of the run")
-    try:
-        check_fits(last, data)
-    except ValueError as error:
-        raise ValueError(f"--resume: {error}") from error
 
 
 def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Sample]]:

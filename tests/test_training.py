@@ -414,7 +414,7 @@ def test_a_run_goes_on_with_its_own_words_only(tiny_data, tmp_path):
     shutil.copy(tiny_data, data)
     with h5py.File(data, "r+") as file:
         file["vocabulary"][-1] = "azure"
-    with pytest.raises(ValueError, match=r"--resume: the vocabulary of .*other\.h5 is not that of the run"):
+    with pytest.raises(ValueError, match=r"--resume: its vocabulary is not that of .*other\.h5"):
         start(dataclasses.replace(settings, data=str(data), resume=True))
 
 
