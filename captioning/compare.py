@@ -38,6 +38,7 @@ from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
 from captioning.files import fresh_file
 from captioning.images import open_image
+from captioning.memory import keep_memory
 from captioning.run import Run, plan, start, training_set
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train, train_step
@@ -332,6 +333,7 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line, 130 after an interruption."""
+    keep_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, overrides = parser().parse_known_args(words)
     try:

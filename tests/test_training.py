@@ -31,6 +31,7 @@ from captioning.config import (
 )
 from captioning.data import CaptionData, CaptionDataset, load_batches, shard
 from captioning.losses import word_nll
+from captioning.objective import teacher_forced
 from captioning.optimization import learning_rate_factor
 from captioning.run import plan, start
 
@@ -440,3 +441,25 @@ def test_two_processes_do_not_train_in_one_folder(tiny_data, tmp_path):
     other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert other.returncode == 2
     assert other.stderr.strip().endswith(f"output={tmp_path / 'run'}: another process is training there now")
+
+
+def test_eq_14_is_the_mean_over_words_and_the_mean_over_captions(tiny_data, tmp_path):
+    settings = tiny_settings(tiny_data, tmp_path / "run", loss=LossConfig(lambda_ds=0.7))
+    run = start(settings)
+    run.model.eval()
+    data = CaptionData(tiny_data)
+    batches = load_batches(CaptionDataset(data, image_size=32), plan(settings, data, epoch=0), captions_per_image=5)
+    images, words, _ = next(batches)
+    words[1, 2:] = 0  # three captions less
+    with torch.no_grad():
+        found = teacher_forced(run, images, words)
+        output = run.model(images, words)
+        log_p = output.logits.log_softmax(dim=-1)
+        nll = sum(-log_p[i, word] for i, word in enumerate(output.targets.tolist())) / len(output.targets)
+        captions = [(n, k) for n in range(8) for k in range(5) if words[n, k, 0]]
+        penalties = []
+        for n, k in captions:
+            length = int((words[n, k, 1:] != 0).sum())
+            penalties.append((1 - output.alphas[n, k, :length].sum(dim=0)).square().mean())
+    assert len(captions) == 37
+    assert found.loss.item() == pytest.approx((nll + 0.7 * sum(penalties) / 37).item(), rel=1e-5)
