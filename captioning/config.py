@@ -227,7 +227,8 @@ class Settings:
         data: HDF5 file made by `python -m preprocess`.
         output: folder of the run: best/ and last/ checkpoints, TensorBoard curves, settings.
         resume: go on where the run in `output` stopped, bit for bit.
-        init_from: checkpoint folder to start from: the whole model, or what fits of it.
+        init_from: checkpoint folder to start from, with the same words, decoder and region encoder (dropout, and soft
+            against hard attention, may differ); its encoder, too, unless the data file stores annotation vectors.
         encoder: the CNN; must agree with the data file when that stores annotation vectors.
         region_encoder: what lies between the two.
         decoder: the language model.

@@ -3,12 +3,17 @@
 import importlib.resources
 import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from captioning.config import Settings, check_fields, one_line
+
+_GROUPS = {name for name, kind in get_type_hints(Settings).items() if is_dataclass(kind)} | {"validation.search"}
+"""Settings that hold settings. jsonargparse would take a file for one, and interpret what it says unchecked."""
 
 
 def recipes() -> dict[str, Path]:
@@ -64,6 +69,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         i = words.index("--config")
         words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]
         check_recipe(Path(words[1]))
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        if option.removeprefix("--") in _GROUPS:
+            raise ValueError(f"{option}: is a group of settings; give them one by one, e.g. {option}.NAME VALUE")
     parser = settings_parser()
     try:
         values = parser.instantiate(parser.parse_args(words)).as_dict()

@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -27,7 +28,7 @@ from captioning.models.blocks import NORMS
 from captioning.models.registry import DECODERS
 from captioning.models.transformer import POSITIONS
 from captioning.optimization import OPTIMIZERS, learning_rate_factor
-from captioning.settings import parse_settings, recipe_path, recipes
+from captioning.settings import parse_settings, recipe_path, recipes, settings_parser
 
 REQUIRED = ["--data", "d.h5", "--output", "runs/x"]
 CONFIGS = (
@@ -298,3 +299,28 @@ def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
 def test_what_is_not_a_number_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must .*nan"):
         SearchConfig(sample=True, **{name: float("nan")})
+
+
+@pytest.mark.parametrize("word", ["--encoder", "--validation.search"])
+@pytest.mark.parametrize("form", [lambda word, value: [word, value], lambda word, value: [f"{word}={value}"]])
+def test_a_group_of_settings_is_no_file(word, form, intruder, tmp_path):
+    (tmp_path / "theirs.yaml").write_text("class_path: intruder.X\n")
+    with pytest.raises(ValueError, match=rf"^{word}.*: is a group of settings; .* {word}\.NAME VALUE"):
+        parse_settings([*REQUIRED, *form(word, str(tmp_path / "theirs.yaml"))])
+    assert not intruder()
+
+
+def test_the_help_says_what_every_setting_is_for():
+    page = " ".join(settings_parser().format_help().split())
+
+    def described(kind, prefix=""):
+        for name, inner in get_type_hints(kind).items():
+            if dataclasses.is_dataclass(inner):
+                yield from described(inner, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    names = list(described(Settings))
+    assert len(names) > 80
+    for name in names:
+        assert re.search(rf"--{re.escape(name)} (\S+ )?(?!\(|--)\w", page[page.index("Train a captioner.") :]), name
