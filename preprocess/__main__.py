@@ -23,7 +23,6 @@ from preprocess.build import BuildSettings, Summary, build, report_path
 from preprocess.shapes import Scene, instances
 from preprocess.sources import Record
 
-_HELP = argparse.ArgumentDefaultsHelpFormatter
 _STORED = {"val_fraction", "test_fraction", "restval", "count"}
 """Options of sources, besides their files, on which the content of the data file depends."""
 
@@ -154,9 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_flickr(commands: Any) -> None:
     for name in ("flickr8k", "flickr30k"):
-        command = commands.add_parser(
-            name, parents=[_common()], formatter_class=_HELP, help=f"{name}'s caption file, photos and splits"
-        )
+        command = commands.add_parser(name, parents=[_common()], help=f"{name}'s caption file, photos and splits")
         command.add_argument("--captions", type=Path, required=True, help="token file, results.csv or captions.txt")
         command.add_argument("--images", type=Path, required=True, help="folder of the photos")
         command.add_argument("--splits", type=Path, required=True, help="folder of split lists, or a Karpathy JSON")
@@ -164,36 +161,50 @@ def _add_flickr(commands: Any) -> None:
 
 
 def _add_karpathy(commands: Any) -> None:
-    command = commands.add_parser(
-        "karpathy", parents=[_common()], formatter_class=_HELP, help="dataset_{flickr8k,flickr30k,coco}.json"
-    )
+    command = commands.add_parser("karpathy", parents=[_common()], help="dataset_{flickr8k,flickr30k,coco}.json")
     command.add_argument("--json", type=Path, required=True, help="the Karpathy JSON")
     command.add_argument("--images", type=Path, required=True, help="folder of the photos, or of val2014, train2014")
-    command.add_argument("--restval", choices=["train", "drop"], default="train", help="what the split restval becomes")
+    command.add_argument(
+        "--restval",
+        choices=["train", "drop"],
+        default="train",
+        help="what the split restval becomes (default: %(default)s)",
+    )
     command.set_defaults(read=lambda o: sources.karpathy(o.json, o.images, restval=o.restval))
 
 
 def _add_coco(commands: Any) -> None:
-    command = commands.add_parser(
-        "coco", parents=[_common()], formatter_class=_HELP, help="COCO's captions_*.json, of one or several years"
-    )
+    command = commands.add_parser("coco", parents=[_common()], help="COCO's captions_*.json, of one or several years")
     command.add_argument("--captions", type=Path, nargs="+", required=True, help="captions_*.json, one or several")
     command.add_argument("--images", type=Path, nargs="+", required=True, help="one folder, or one per --captions file")
     command.add_argument(
         "--splits", type=Path, help="split lists or a Karpathy JSON; default: the caption files' names"
     )
-    command.add_argument("--restval", choices=["train", "drop"], default="train", help="what the split restval becomes")
+    command.add_argument(
+        "--restval",
+        choices=["train", "drop"],
+        default="train",
+        help="what the split restval becomes (default: %(default)s)",
+    )
     command.set_defaults(read=lambda o: sources.coco(o.captions, o.images, o.splits, restval=o.restval))
 
 
 def _add_folder(commands: Any) -> None:
-    command = commands.add_parser(
-        "folder", parents=[_common()], formatter_class=_HELP, help="own photos with a CSV or JSONL file"
-    )
+    command = commands.add_parser("folder", parents=[_common()], help="own photos with a CSV or JSONL file")
     command.add_argument("--captions", type=Path, required=True, help=".csv or .jsonl: image, caption[, split]")
     command.add_argument("--images", type=Path, required=True, help="folder below which the photos lie")
-    command.add_argument("--val-fraction", type=float, default=0.1, help="of the images, when the file has no splits")
-    command.add_argument("--test-fraction", type=float, default=0.1, help="of the images, when the file has no splits")
+    command.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        help="of the images, when the file has no splits (default: %(default)s)",
+    )
+    command.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.1,
+        help="of the images, when the file has no splits (default: %(default)s)",
+    )
     command.set_defaults(read=_read_folder)
 
 
@@ -203,9 +214,7 @@ def _read_folder(options: argparse.Namespace) -> list[Record]:
 
 
 def _add_shapes(commands: Any) -> None:
-    command = commands.add_parser(
-        "shapes", parents=[_common()], formatter_class=_HELP, help="a made world of coloured shapes, with masks"
-    )
+    command = commands.add_parser("shapes", parents=[_common()], help="a made world of coloured shapes, with masks")
     command.add_argument("--count", type=int, required=True, help="number of pictures")
     command.set_defaults(read=lambda o: sources.shapes(o.count, seed=o.seed), image_size=64, min_count=1)
 
@@ -219,12 +228,21 @@ def _common() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, default=own, help=size)
     fit = f"how a photo becomes square (default: {BuildSettings.fit}, or the checkpoint's)"
     parser.add_argument("--fit", choices=["crop", "squash"], default=own, help=fit)
-    parser.add_argument("--min-count", type=int, default=5, help="rarer words of the train split become <unk>")
-    parser.add_argument("--max-words", type=int, default=10_000, help="largest vocabulary")
-    parser.add_argument("--max-length", type=int, default=50, help="words of a caption that are trained on")
-    parser.add_argument("--max-missing", type=float, default=0.01, help="share of missing or broken images allowed")
+    parser.add_argument(
+        "--min-count", type=int, default=5, help="rarer words of the train split become <unk> (default: %(default)s)"
+    )
+    parser.add_argument("--max-words", type=int, default=10_000, help="largest vocabulary (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=50, help="words of a caption that are trained on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-missing",
+        type=float,
+        default=0.01,
+        help="share of missing or broken images allowed (default: %(default)s)",
+    )
     parser.add_argument("--limit", type=int, help="take only so many images, the first of the source")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     decoders = "processes that decode photos, 0: this one (default: 0 with an encoder on the CPU, else up to 4)"
     parser.add_argument("--workers", type=int, default=own, help=decoders)
     group = parser.add_argument_group("annotation vectors instead of pixels")
@@ -236,12 +254,16 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument("--weights", help="file, name of torchvision's weights (default: DEFAULT), or null (random)")
     group.add_argument("--layer", metavar="NODE", help="where the network is cut")
     group.add_argument("--grid", type=int, help="or: by the side of the feature map")
-    group.add_argument("--batch-size", type=int, default=32, help="images that are encoded at a time")
-    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder")
+    group.add_argument(
+        "--batch-size", type=int, default=32, help="images that are encoded at a time (default: %(default)s)"
+    )
+    group.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: %(default)s)"
+    )
     group.add_argument(
         "--mirror", action="store_true", help="store those of the mirrored images, too, for --augment flip"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser
 
 
