@@ -269,11 +269,15 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
     """The encoder's settings, completed by what the data file fixes.
 
     Raises:
-        ValueError: they contradict the annotation vectors in the file; names the field.
+        ValueError: they contradict what is in the file; names the field.
     """
+    stored = data.encoder or dataclasses.replace(config, fit=data.settings.get("fit", config.fit))
+    for name in ("fit", "resample"):
+        wanted, there = getattr(config, name), getattr(stored, name)
+        if wanted not in (there, getattr(EncoderConfig, name)):  # nobody asks for a default
+            raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} was made with {there!r}")
     if data.encoder is None:
-        return dataclasses.replace(config, fit=data.settings.get("fit", config.fit))
-    stored = data.encoder
+        return stored
     for name in ("name", "layer", "grid", "image_size"):
         wanted, there = getattr(config, name), getattr(stored, name)
         if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):

@@ -463,3 +463,15 @@ def test_eq_14_is_the_mean_over_words_and_the_mean_over_captions(tiny_data, tmp_
             penalties.append((1 - output.alphas[n, k, :length].sum(dim=0)).square().mean())
     assert len(captions) == 37
     assert found.loss.item() == pytest.approx((nll + 0.7 * sum(penalties) / 37).item(), rel=1e-5)
+
+
+def test_a_fit_that_the_data_file_has_not_is_refused(tiny_data, tiny_annotations, tmp_path):
+    squashed = dataclasses.replace(TINY["encoder"], fit="squash")
+    with pytest.raises(ValueError, match=r"encoder\.fit='squash', but .*pixels\.h5 was made with 'crop'"):
+        start(tiny_settings(tiny_data, tmp_path / "run", encoder=squashed))
+    bilinear = dataclasses.replace(TINY["encoder"], train_from=None, resample="bilinear")
+    with pytest.raises(
+        ValueError, match=r"encoder\.resample='bilinear', but .*annotations\.h5 was made with 'bicubic'"
+    ):
+        start(tiny_settings(tiny_annotations, tmp_path / "run", encoder=bilinear, augment="none"))
+    assert not (tmp_path / "run").exists()
