@@ -23,7 +23,7 @@ import torch
 from captioning import Caption, Captioner, load_captioner
 from captioning.api import OVERLAYS
 from captioning.config import LOCATIONS, SearchConfig, given, one_line
-from captioning.files import fresh_file, make_place
+from captioning.files import fresh_file, make_folder, make_place
 from captioning.images import EXTENSIONS, open_image
 from captioning.memory import keep_memory
 
@@ -71,10 +71,11 @@ def captions_of(
 
 
 def as_json(path: Path, caption: Caption) -> dict[str, Any]:
-    """A caption as JSON values; `alphas` are rounded to five digits."""
+    """A caption as JSON values; weights and gates are rounded to five digits."""
     values = dataclasses.asdict(dataclasses.replace(caption, alternatives=()))
-    values["alphas"] = None if caption.alphas is None else caption.alphas.round(5).tolist()
-    values["betas"] = None if caption.betas is None else caption.betas.round(5).tolist()
+    for name in ("alphas", "betas"):
+        numbers = getattr(caption, name)
+        values[name] = None if numbers is None else numbers.astype(float).round(5).tolist()
     values["locations"] = None if caption.locations is None else caption.locations.tolist()
     values["box"] = caption.box._asdict()
     alternatives = [{"text": c.text, "score": c.score} for c in caption.alternatives]
@@ -105,7 +106,11 @@ def write_overlay(path: Path, caption: Caption, options: argparse.Namespace, tak
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = argparse.ArgumentParser(prog="caption.py", description="Caption photos and show where each word looked.")
+    parse = argparse.ArgumentParser(
+        prog="caption.py",
+        description="Caption photos and show where each word looked. Standard output has one line per photo: path, tab, "
+        "caption; ' ...' ends one that was cut off at --max-length.",
+    )
     parse.add_argument("images", nargs="+", help="image files, folders, globs")
     parse.add_argument("--checkpoint", default="flickr8k-soft", help="folder, run, or name of a pretrained one")
     own, said = argparse.SUPPRESS, "default: the checkpoint's own"
@@ -135,10 +140,15 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def one_line_name(path: Path) -> str:
+    """A path that neither ends its line nor its field."""
+    return str(path).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+
+
 def make_folders(options: argparse.Namespace) -> None:
     """Make the folders that will be written to, before the work is done."""
     if options.overlay:
-        Path(options.overlay).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(options.overlay), f"--overlay {options.overlay}")
     if options.json and options.json != "-":
         make_place(Path(options.json), "--json")
 
@@ -159,7 +169,7 @@ def run(options: argparse.Namespace) -> int:
             failed += 1
             continue
         for each in (caption, *caption.alternatives):
-            print(f"{path}\t{each.text}{'' if each.finished else ' ...'}", file=lines)
+            print(f"{one_line_name(path)}\t{each.text}{'' if each.finished else ' ...'}", file=lines)
         if options.words:
             print_words(caption, lines)
         if options.overlay:
@@ -192,12 +202,15 @@ def print_words(caption: Caption, lines: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     keep_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text go out as they came in
     try:
         code = run(parser().parse_args(arguments))
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        print("caption: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

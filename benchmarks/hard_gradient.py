@@ -32,6 +32,7 @@ from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
 from captioning.config import HardConfig, one_line
 from captioning.data import CaptionData, CaptionDataset, load_batches, plan_epoch
+from captioning.evaluate import check_same_task
 from captioning.losses import word_nll
 from captioning.models.attention import HardAttention, SoftAttention
 from captioning.reward_baselines import Baseline
@@ -139,8 +140,12 @@ def soft_seconds(oracle: Oracle) -> float:
 def real_batch(data_path: str, checkpoint: str, images: int) -> Oracle:
     """A batch of training captions with the checkpoint's decoder made hard and without dropout."""
     data, loaded = CaptionData(data_path), load_checkpoint(checkpoint_folder(checkpoint))
+    check_same_task(loaded, data, "--checkpoint")
+    decoder = loaded.decoder
+    if decoder.name != "attention_lstm" or decoder.attention == "multi_head" or decoder.values != "annotations":
+        raise ValueError(f"--checkpoint {checkpoint}: must be an attention_lstm, soft or hard, with values=annotations")
     batches = plan_epoch(data, "train", captions_per_image=5, batch_size=images, seed=0, epoch=0)
-    dataset = CaptionDataset(data, image_size=loaded.encoder.image_size)
+    dataset = CaptionDataset(data, image_size=loaded.encoder.image_size, resample=loaded.encoder.resample)
     batch = next(load_batches(dataset, batches[:1], captions_per_image=5))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = loaded.model.to(device).eval()

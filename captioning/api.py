@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from captioning.checkpoint import Checkpoint, load_checkpoint
-from captioning.config import LOCATIONS, SearchConfig
+from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.decoding import Hypothesis, search
 from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
@@ -104,7 +104,7 @@ class Captioner:
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: int | None = None):
         self.checkpoint = checkpoint
         show_head(checkpoint.model.decoder, head)
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.model = checkpoint.model.to(self.device).eval()
 
     @property
@@ -181,6 +181,21 @@ class Captioner:
         )
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: it is not; says what is allowed.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu (torch finds no GPU here)"
+        raise ValueError(f"device {device}: allowed is {allowed}: {one_line(error)[:100]}") from error
+    return found
+
+
 def load_captioner(path: str | Path, *, device: str | torch.device = "cpu", head: int | None = None) -> Captioner:
     """Load a captioner.
 
@@ -216,8 +231,9 @@ def search_config(own: SearchConfig, **options: int | float | bool | str) -> Sea
             raise ValueError(f"unknown option {name!r}; allowed: {', '.join(allowed)}")
     if options.get("location", LOCATIONS[0]) not in LOCATIONS:
         raise ValueError(f"location must be one of {', '.join(LOCATIONS)} (got {options['location']!r})")
-    strange = [name for name in ("temperature", "top_k", "top_p") if name in options]
-    if strange and not options.get("sample"):
+    drawn = ("temperature", "top_k", "top_p")
+    strange = [name for name in drawn if options.get(name, getattr(SearchConfig, name)) != getattr(SearchConfig, name)]
+    if strange and not options.get("sample", own.sample):
         raise ValueError(f"{', '.join(strange)}: only captions that are drawn have it; set sample too (--sample)")
     return dataclasses.replace(SearchConfig() if options.get("sample") else own, **options)  # type: ignore[arg-type]
 
@@ -229,4 +245,8 @@ def _read(image: ImageLike) -> Image.Image:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(f"an image array must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
         image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"a photo is a file, a Pillow image or a uint8 array (H, W, 3), got {type(image).__name__}")
+    if not all(image.size):
+        raise ValueError(f"a photo has pixels, got {image.width}x{image.height}")
     return to_rgb(image)

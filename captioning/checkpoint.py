@@ -181,6 +181,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     search = from_dict(SearchConfig, config.get("search", {}), f"{folder / 'config.json'}: search")  # likewise
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     state = read_tensors(folder / "model.safetensors")
+    broken = next((name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(f"{folder / 'model.safetensors'}: {broken} holds values that are not finite")
     prefix = "encoder.network."
     cnn_state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     try:

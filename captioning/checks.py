@@ -12,6 +12,13 @@ def positive(owner: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive (got {getattr(owner, name)})")
 
 
+def at_most(owner: object, limit: int, *names: str) -> None:
+    """Refuse numbers above a limit."""
+    for name in names:
+        if getattr(owner, name) > limit:
+            raise ValueError(f"{name} must be at most {limit} (got {getattr(owner, name)})")
+
+
 def fraction(owner: object, *names: str) -> None:
     """Refuse numbers outside [0, 1)."""
     for name in names:

@@ -304,7 +304,9 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
         ValueError, OSError: a setting, a recipe or the data; names it.
         Interrupted: asked to stop; the same command goes on.
     """
-    if options.budget <= 0 or options.limit < 0 or options.limit == 1:
+    if any(word.split("=")[0] == "--max_steps" for word in overrides):
+        raise ValueError("--max_steps: the budget decides how many steps there are")
+    if not 0 < options.budget < math.inf or options.limit < 0 or options.limit == 1:
         raise ValueError(
             "--budget must be positive, and --limit 0 or at least 2 "
             f"(got --budget {options.budget:g} --limit {options.limit})"

@@ -84,8 +84,11 @@ class CaptionData:
         self._first_word: np.ndarray = file[FIRST_WORD][()]
         self._words: np.ndarray = file[WORDS][()]
         self._raw: list[bytes] = list(file[RAW][()])
+        self._check_tables()
         self.kind = PIXELS if PIXELS in file else ANNOTATIONS
         self.image_shape: tuple[int, ...] = tuple(file[self.kind].shape[1:])
+        if len(file[self.kind]) != len(self.names):
+            raise ValueError(f"{self.path}: {self.kind}: {len(file[self.kind])} images, but {len(self.names)} names")
         self.mirrored = MIRRORED in file
         self.grid: tuple[int, int] | None = None
         self.encoder: EncoderConfig | None = None
@@ -93,6 +96,21 @@ class CaptionData:
             self.grid = (int(file[ANNOTATIONS].attrs["grid"][0]), int(file[ANNOTATIONS].attrs["grid"][1]))
             config = json.loads(file[ENCODER].attrs["config"])
             self.encoder = from_dict(EncoderConfig, config, f"{self.path}: encoder")
+
+    def _check_tables(self) -> None:
+        """Every index must point at something."""
+        tables = (  # whose numbers lead from one table into the next
+            (FIRST_CAPTION, self._first_caption, len(self.names), len(self._raw)),
+            (FIRST_WORD, self._first_word, len(self._raw), len(self._words)),
+        )
+        for name, first, rows, end in tables:
+            if len(first) != rows + 1 or first[0] != 0 or first[-1] != end or (np.diff(first) < 0).any():
+                raise ValueError(f"{self.path}: {name}: must be {rows + 1} numbers that rise from 0 to {end}")
+        size = len(self.vocabulary)
+        if len(self._words) and not 0 <= self._words.min() <= self._words.max() < size:
+            raise ValueError(f"{self.path}: {WORDS}: numbers of words must lie in [0, {size})")
+        if len(self.split_of) != len(self.names) or (self.split_of >= len(SPLITS)).any():
+            raise ValueError(f"{self.path}: {IMAGE_SPLIT}: must be {len(self.names)} numbers below {len(SPLITS)}")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -130,7 +130,7 @@ def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False) -> str
         "start from a soft checkpoint (init_from), lower hard.lambda_e, take hard.baseline leave_one_out with more "
         "hard.samples, or raise hard.expectation_probability"
         if hard
-        else "set loss.lambda_ds to 0, try another decoder.alignment, a higher optimizer.learning_rate or a finer "
-        "encoder.grid"
+        else "set loss.lambda_ds to 0 if it is not, try another decoder.alignment, a higher optimizer.learning_rate or "
+        "a finer encoder.grid"
     )
     return f"the attention has collapsed ({' and '.join(signs)} for {PATIENCE} validations): {advice}"

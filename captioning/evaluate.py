@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.api import checkpoint_folder, search_config
+from captioning.api import check_device, checkpoint_folder, search_config
 from captioning.checkpoint import Checkpoint, load_checkpoint
 from captioning.config import LOCATIONS, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
@@ -114,8 +114,14 @@ def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
         )
 
 
-def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str) -> None:
+def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, images: bool = True) -> None:
     """A checkpoint that has a part in training on this data must have its words, and its images.
+
+    Args:
+        checkpoint: whose.
+        data: what is learned from.
+        who: the setting that brought the checkpoint.
+        images: whether those matter; an encoder that learns can get used to others.
 
     Raises:
         ValueError: it does not; says who, and why.
@@ -123,7 +129,8 @@ def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str) -> None
     if checkpoint.vocabulary != data.vocabulary:
         raise ValueError(f"{who}: its vocabulary is not that of {data.path}")
     try:
-        check_fits(checkpoint, data)
+        if images:
+            check_fits(checkpoint, data)
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from error
 
@@ -165,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     ours = parser.add_argument_group("a checkpoint on a data file")
     ours.add_argument("--checkpoint", help="checkpoint folder, run folder, or name of a pretrained one")
     ours.add_argument("--data", help="HDF5 file made by python -m preprocess")
-    ours.add_argument("--split", choices=SPLITS, default="val")
+    ours.add_argument("--split", choices=SPLITS, help="default: val")
     own, said = argparse.SUPPRESS, "default: the checkpoint's own"
     ours.add_argument("--beam-size", type=int, default=own, help=said)
     ours.add_argument("--length-penalty", type=float, default=own, help=said)
@@ -202,6 +209,11 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
             raise ValueError("--results and --references go together, and without --checkpoint and --data")
         if options.diagnose is not None:
             raise ValueError("--diagnose needs --checkpoint and --data: captions alone have no attention")
+        ours = [name for name in ("output", "limit", "split") if getattr(options, name)]
+        ours += given(options, SearchConfig)
+        if ours:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in ours)
+            raise ValueError(f"{names}: has no meaning for captions that are there already (--results)")
         results = read_results(Path(options.results))
         references = select_references(results, read_references(Path(options.references)))
         return (
@@ -209,6 +221,7 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
             {"results": options.results},
             None,
         )
+    options.split = options.split or "val"
     if not (options.checkpoint and options.data):
         raise ValueError("give --checkpoint and --data, or --results and --references")
     if options.batch_size < 1 or options.limit < 0:
@@ -217,6 +230,7 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
         )
     if options.diagnose is not None and (options.diagnose < 0 or options.diagnose == 1):
         raise ValueError(f"--diagnose must be 0 for all images, or at least 2 (got {options.diagnose})")
+    options.device = str(check_device(options.device))
     checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
     config = search_config(checkpoint.search, **given(options, SearchConfig))
     if options.output:
@@ -268,6 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate: interrupted", file=sys.stderr)
+        return 130
     print(scores.table())
     for name in ("split", "beam_size", "location", "unfinished"):
         if name in about:

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, that one process writes at a time, and what they go by elsewhere."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ def fresh_file(path: Path) -> Iterator[Path]:
 
 
 def hold(path: Path) -> TextIO:
-    """Open a file that no other process holds; it is held until it is closed, or its process ends. Not on Windows.
+    """Open a file that no other process holds; it is held until it is closed, or its process ends.
+
+    On Windows, and where a file system knows no locks, nothing is held.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -39,8 +42,9 @@ def hold(path: Path) -> TextIO:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.close()
-            raise BlockingIOError(f"{path}: another process holds it") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise BlockingIOError(f"{path}: another process holds it") from error
     return file
 
 
@@ -48,11 +52,25 @@ def make_place(path: Path, option: str) -> None:
     """The folder of a file that will be written, before the work for it is done.
 
     Raises:
-        IsADirectoryError: the file is a folder; names the option.
+        IsADirectoryError, NotADirectoryError: the file is a folder, or lies in a file; names the option.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path}: is a folder; give the file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, f"{option} {path}")
+
+
+def make_folder(path: Path, option: str) -> None:
+    """A folder that will be written to.
+
+    Raises:
+        NotADirectoryError: a file has its name, or that of a folder above it; names the option.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"{option}: {path} is no folder and cannot become one: a file is in its place"
+        ) from error
 
 
 def short_name(path: str | Path) -> str:

@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if turn is not None:  # ImageOps.exif_transpose also rewrites the EXIF block, and fails on a damaged one
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=65535.0, neginf=0.0)
         top = 65535.0 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 255.0
         if image.mode == "F" and grey.max(initial=0) <= 1:
             top = 1.0

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from captioning.checks import fraction, positive, unread
+from captioning.checks import at_most, fraction, positive, unread
 
 Fit = Literal["crop", "squash"]
 Resample = Literal["bicubic", "bilinear"]
 
 
+MAX_LAYERS = 64
+"""Of a Transformer and of a region encoder: a config from elsewhere may not ask for millions."""
 MAX_SIDE = 4096
 """Pixels: a larger square input takes gigabytes for each photo."""
 
@@ -42,8 +44,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         positive(self, "image_size")
-        if self.image_size > MAX_SIDE:
-            raise ValueError(f"image_size must be at most {MAX_SIDE} (got {self.image_size})")
+        at_most(self, MAX_SIDE, "image_size")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class RegionEncoderConfig:
 
     def __post_init__(self) -> None:
         positive(self, "dim", "blocks", "heads")
+        at_most(self, MAX_LAYERS, "blocks")
         fraction(self, "dropout")
         strange = [name for name, readers in _REGION_READERS.items() if self.name not in readers]
         unread(self, f"has no meaning with region_encoder.name={self.name!r}; leave it out", strange)
@@ -146,6 +148,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         positive(self, "embedding_dim", "hidden_dim", "attention_dim", "layers", "heads", "max_positions")
+        at_most(self, MAX_LAYERS, "layers")
         fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
         strange = [name for name, readers in _READERS.items() if self.name not in readers]
         unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", strange)

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -17,22 +16,19 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from captioning.api import checkpoint_folder
 from captioning.checkpoint import (
     Checkpoint,
     TrainingState,
-    build_model,
     load_checkpoint,
-    load_state,
     recover_folder,
     save_checkpoint,
     write_json,
 )
 from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
-from captioning.data import ANNOTATIONS, CaptionData, CaptionDataset, Sample, check_augment, plan_epoch
+from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch
 from captioning.distillation import Teachers, load_teachers
 from captioning.evaluate import check_same_task
-from captioning.files import hold, short_name
+from captioning.files import hold, make_folder, short_name
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
     build_optimizer,
@@ -41,8 +37,9 @@ from captioning.optimization import (
     moving_average,
     optimizer_tensors,
 )
-from captioning.reward_baselines import BASELINES, Baseline
+from captioning.reward_baselines import Baseline
 from captioning.rewards import CiderD, references_with_end
+from captioning.start import start_baseline, start_model
 
 
 @dataclass
@@ -137,17 +134,14 @@ def start(settings: Settings) -> Run:
     )
     data = CaptionData(settings.data)
     torch.manual_seed(settings.seed)
-    model, encoder = start_model(settings, data)
+    last = left_last(settings, state, data)
+    model, encoder = start_model(settings, data, last)
     baseline = start_baseline(settings)
     teachers = load_teachers(settings.distillation.teachers, data, device=accelerator.device)
     optimizer = build_optimizer(model, settings.optimizer, baseline)
     average = moving_average(model, settings.optimizer.average_decay) if settings.optimizer.average_decay else None
     progress = Progress()
     if state is not None:
-        check_same_run(settings, state)
-        last = load_checkpoint(output / "last")
-        check_same_task(last, data, "--resume")
-        load_state(model, last.model.state_dict())
         load_optimizer_tensors(optimizer, state.group("optimizer"))
         if average is not None:
             average.load_state_dict(state.group("average"))
@@ -179,6 +173,20 @@ def start(settings: Settings) -> Run:
     return run
 
 
+def left_last(settings: Settings, state: TrainingState | None, data: CaptionData) -> Checkpoint | None:
+    """The model of a run that goes on, which may neither have other settings now nor read other words and images.
+
+    Raises:
+        ValueError: it does; names what.
+    """
+    if state is None:
+        return None
+    check_same_run(settings, state)
+    last = load_checkpoint(Path(settings.output) / "last")
+    check_same_task(last, data, "--resume")
+    return last
+
+
 def open_output(settings: Settings, progress: Progress) -> tuple[SummaryWriter, TextIO]:
     """Make the run's folder, hold it, save its settings there, and go on with its curves.
 
@@ -186,107 +194,13 @@ def open_output(settings: Settings, progress: Progress) -> tuple[SummaryWriter, 
         FileExistsError: another process is training there.
     """
     output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, f"output={output}")
     try:
         lock = hold(output / ".lock")
     except BlockingIOError as error:
         raise FileExistsError(f"output={output}: another process is training there now") from error
     write_json(output / "settings.json", to_dict(settings))
     return SummaryWriter(str(output / "tensorboard"), purge_step=progress.step or None), lock
-
-
-def start_model(settings: Settings, data: CaptionData) -> tuple[CaptioningModel, EncoderConfig]:
-    """The model of the settings: new, or from the checkpoint `init_from`, with the encoder that the data demands."""
-    check_positions(settings, data)
-    check_augment(data, settings.augment)
-    check_validation(settings, data)
-    encoder, encoder_state = fit_encoder(settings.encoder, data), None
-    build = partial(build_model, region_encoder=settings.region_encoder)
-    if data.kind == ANNOTATIONS:
-        encoder_state = data.encoder_state()
-    if settings.init_from is None:
-        return build(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
-    first = load_checkpoint(checkpoint_folder(settings.init_from))
-    if first.vocabulary != data.vocabulary:
-        raise ValueError(f"init_from={settings.init_from}: its vocabulary is not that of {data.path}")
-    free = [name for name in vars(first.decoder) if "dropout" in name]
-    if {first.decoder.attention, settings.decoder.attention} == {"soft", "hard"}:  # they have the same parameters
-        free.append("attention")
-    if first.decoder != dataclasses.replace(settings.decoder, **{name: getattr(first.decoder, name) for name in free}):
-        raise ValueError(f"init_from={settings.init_from}: its decoder is {first.decoder}; set --decoder alike")
-    if first.region_encoder != settings.region_encoder:
-        raise ValueError(
-            f"init_from={settings.init_from}: its region encoder is {first.region_encoder}; set --region_encoder alike"
-        )
-    if encoder_state is None:
-        encoder_state = first.model.encoder.network.state_dict()
-    model, encoder = build(encoder, settings.decoder, len(data.vocabulary), encoder_state=encoder_state)
-    load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
-    return model, encoder
-
-
-def start_baseline(settings: Settings) -> Baseline | None:
-    """The baseline of eq. 12, if attention is hard."""
-    if settings.decoder.attention != "hard":
-        return None
-    hard = settings.hard
-    return BASELINES[hard.baseline](
-        hidden_dim=settings.decoder.hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go"
-    )
-
-
-def check_positions(settings: Settings, data: CaptionData) -> None:
-    """Learned positions must suffice for every caption that is read or written, before an epoch is spent.
-
-    Raises:
-        ValueError: they do not; says how many are needed.
-    """
-    decoder = settings.decoder
-    if decoder.name != "transformer" or decoder.positions != "learned":
-        return
-    sampled = settings.self_critical.max_length if settings.self_critical.epochs else 0
-    needed = 1 + max(data.longest_caption(), settings.validation.search.max_length, sampled)
-    if decoder.max_positions < needed:
-        raise ValueError(
-            f"decoder.max_positions={decoder.max_positions}: captions of {data.path} and those that the validation's "
-            f"search and self-critical training make need {needed}; or use positions='sinusoidal'"
-        )
-
-
-def check_validation(settings: Settings, data: CaptionData) -> None:
-    """What a validation needs must be there before an epoch is spent.
-
-    Raises:
-        ValueError: no images, or a search that the model cannot make.
-    """
-    data.indices(settings.validation.split)
-    location = settings.validation.search.location
-    if location != "argmax" and settings.decoder.attention != "hard":
-        raise ValueError(f"validation.search.location={location!r} needs decoder.attention='hard'")
-
-
-def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
-    """The encoder's settings, completed by what the data file fixes.
-
-    Raises:
-        ValueError: they contradict what is in the file; names the field.
-    """
-    stored = data.encoder or dataclasses.replace(config, fit=data.settings.get("fit", config.fit))
-    for name in ("fit", "resample"):
-        wanted, there = getattr(config, name), getattr(stored, name)
-        if wanted not in (there, getattr(EncoderConfig, name)):  # nobody asks for a default
-            raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} was made with {there!r}")
-    if data.encoder is None:
-        return stored
-    for name in ("name", "layer", "grid", "image_size"):
-        wanted, there = getattr(config, name), getattr(stored, name)
-        if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
-            raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
-    if config.train_from is not None:
-        raise ValueError(
-            f"encoder.train_from={config.train_from!r} needs pixels; {data.path} stores annotation vectors"
-        )
-    return stored
 
 
 def training_set(run: Run) -> CaptionDataset:

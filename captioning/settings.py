@@ -65,6 +65,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if words.count("--config") > 1:
+        raise ValueError("--config: give one recipe")
     if "--config" in words[:-1]:  # the recipe is read first, whatever its place, so that every other word overrides it
         i = words.index("--config")
         words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]

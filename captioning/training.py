@@ -240,6 +240,8 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
     """Diagnose the attention on some validation images; its numbers join the validation's. Says if it has collapsed."""
     indices = indices[: run.settings.validation.diagnose_images]
     if len(indices) < 2:
+        if indices:
+            say(run, "attention: not diagnosed, which takes two images of the validation split")
         return
     signal = attention_signal(run)  # all processes: the objective adds up over them
     if not run.accelerator.is_main_process:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -162,7 +161,7 @@ def build(
         write_whole(path, content())
     limit.report(dropped)
     os.replace(whole, output)
-    shutil.rmtree(partial.folder)
+    partial.remove()
     images = {split: sum(record.split == split for record in records) for split in SPLITS}
     return Summary(images, len(captions.raw), len(vocabulary), dropped, read, seconds)
 

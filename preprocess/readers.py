@@ -13,6 +13,7 @@ from captioning.tokenization import one_line
 
 Restval = Literal["train", "drop"]
 _SPLIT_NAMES = {"train": "train", "dev": "val", "val": "val", "test": "test"}
+_ROW_WITHIN = re.compile(r"\n[^,\n]*\.\w{2,5},")  # a caption may have two lines, but none that begins as rows do
 _SPLIT_FILE = re.compile(r"(?<![a-z])(train|dev|val|test)", re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")
 _RESULTS_LINE = re.compile(r"(.+?)\|\s*\d+\s*\|?(.*)")  # the published Flickr30k file lacks one of its second bars
@@ -209,7 +210,7 @@ def _csv_rows(file: Path, *, strict: bool) -> Iterator[tuple[str, dict[str, Any]
             where = f"{file}:{reader.line_num}"
             if not strict:
                 values = [*values[: len(header) - 1], ",".join(values[len(header) - 1 :])] if values else []
-                if any("\n" in value for value in values):
+                if any(_ROW_WITHIN.search(value) for value in values):
                     raise ValueError(f"{where}: a quote that was opened some lines above is never closed")
             if values and len(values) != len(header):
                 raise ValueError(f"{where}: {len(values)} fields for {','.join(header)}; quote texts with commas")

@@ -19,7 +19,7 @@ from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint, read_json
 from captioning.config import LOCATIONS, SearchConfig
 from captioning.data import SPLITS, CaptionData
-from captioning.evaluate import SplitCaption, caption_split
+from captioning.evaluate import SplitCaption, caption_split, check_fits
 from preprocess.shapes import Scene, scene_from_dict
 from preprocess.shapes_grammar import is_true, mentions, parse
 
@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
+        check_fits(checkpoint, data)
         if data.image_shape[0] % checkpoint.model.encoder.grid[0]:
             raise ValueError(
                 f"{options.data}: its {data.image_shape[0]} pixels are no multiple of the attention's grid"
@@ -126,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         indices = data.indices(options.split).tolist()
         captions = caption_split(checkpoint.model, data, indices, checkpoint.vocabulary, search)
         report = check(captions, checkpoint.model.encoder.grid, instances)
+    except KeyError as error:
+        print(f"shapes_check: {options.data.with_suffix('.instances.json')}: has no {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"shapes_check: {error}", file=sys.stderr)
         return 2

@@ -73,6 +73,11 @@ class Partial:
         except BlockingIOError as error:
             raise ValueError(f"{self.folder}: another process is writing there now") from error
 
+    def remove(self) -> None:
+        """The folder has done its work."""
+        self._lock.close()  # a network file system keeps what is open, and its folder with it
+        shutil.rmtree(self.folder)
+
     def _empty(self) -> None:
         for path in self.folder.iterdir():
             if path.name != "lock":

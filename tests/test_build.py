@@ -1,7 +1,9 @@
 """From photos and captions to a data file: contents, faults, and interruptions that leave no trace."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,3 +394,19 @@ def test_two_processes_do_not_write_the_same_file(tmp_path):
     assert other.stderr.splitlines()[-1] == f"ValueError: {tmp_path / 'p'}: another process is writing there now"
     assert partial(tmp_path / "p").batches == 1
     del held
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("captioning.files.fcntl.lockf", unknown)
+    assert partial(tmp_path / "p").batches == 0
+
+
+def test_the_folder_is_let_go_before_it_is_removed(tmp_path, monkeypatch):
+    real = shutil.rmtree
+    done = partial(tmp_path / "p")
+    monkeypatch.setattr(shutil, "rmtree", lambda path: done._lock.closed and real(path))  # as network file systems do
+    done.remove()
+    assert not (tmp_path / "p").exists()

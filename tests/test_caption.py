@@ -381,7 +381,10 @@ def test_a_photo_that_says_it_is_turned_is_captioned_as_it_is_shown(call, photos
     code, _, _ = call(tmp_path / "turned.png", tmp_path / "upright.png", "--json", target, "--overlay", tmp_path / "o")
     turned, straight = json.loads(target.read_text())
     assert code == 0
-    assert {**turned, "image": ""} == {**straight, "image": ""}
+    assert [turned[name] for name in ("words", "box", "alternatives")] == [
+        straight[name] for name in ("words", "box", "alternatives")
+    ]
+    assert turned["log_probs"] == pytest.approx(straight["log_probs"], rel=1e-4)
     assert turned["text"] == load_captioner(tiny_checkpoint).caption([tmp_path / "turned.png"])[0].text
 
 
@@ -434,3 +437,46 @@ def test_a_file_name_that_is_no_text_comes_out_as_it_went_in(photos, tiny_checkp
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stdout.split(b"\t")[0]) == (0, name), done.stderr
+
+
+def test_weights_in_json_have_five_digits(call, photos, tmp_path):
+    assert call(photos / "a.png", "--json", tmp_path / "x.json")[0] == 0
+    (found,) = json.loads((tmp_path / "x.json").read_text())
+    numbers = [*found["betas"], *np.ravel(found["alphas"]).tolist()]
+    assert all(len(repr(number)) <= 7 or "e-" in repr(number) for number in numbers)
+
+
+def test_a_name_with_a_line_break_stays_on_its_line(call, photos, tmp_path):
+    shutil.copy(photos / "a.png", tmp_path / "new\nline.png")
+    code, out, _ = call(tmp_path / "new\nline.png")
+    assert (code, captioned(out)) == (0, [f"{tmp_path}/new\\nline.png"])
+
+
+@pytest.mark.parametrize("option", ["--overlay", "--json"])
+def test_a_file_in_the_place_of_a_folder_is_named_with_its_option(call, photos, tmp_path, option):
+    (tmp_path / "afile").write_text("")
+    code, out, err = call(photos / "a.png", option, tmp_path / "afile" / "x")
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith(f"caption: {option} {tmp_path / 'afile' / 'x'}: ")
+    assert err[0].endswith("is no folder and cannot become one: a file is in its place")
+
+
+def test_an_interruption_is_one_line(command, photos, tiny_checkpoint, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert command.main([str(photos / "a.png"), "--checkpoint", str(tiny_checkpoint)]) == 130
+    assert capsys.readouterr().err == "caption: interrupted\n"
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta:x"])
+def test_a_device_that_is_not_there_is_named(photos, tiny_checkpoint, command, capsys, device):
+    words = [str(photos / "a.png"), "--checkpoint", str(tiny_checkpoint), "--device", device]
+    assert command.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"caption: device {device}: allowed is cpu")
+
+
+def test_a_photo_without_pixels_is_refused(tiny_checkpoint):
+    with pytest.raises(ValueError, match="a photo has pixels, got 0x4"):
+        load_captioner(tiny_checkpoint).caption([Image.new("RGB", (0, 4))])

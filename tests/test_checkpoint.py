@@ -336,3 +336,11 @@ def test_pictures_of_a_million_pixels_a_side_are_refused(folder):
     edit(folder / "config.json", encoder__image_size=10**6)
     with pytest.raises(ValueError, match=r"config\.json: encoder: .*image_size must be at most 4096"):
         load_checkpoint(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(folder):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state["decoder.L_h.bias"][3] = float("nan")
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: decoder\.L_h\.bias holds values that are not finite"):
+        load_checkpoint(folder)

@@ -286,3 +286,19 @@ def test_a_family_recipe_fits_the_stored_features(name):
         step = decoder.step(torch.full((6,), START), decoder.initial_state(memory, 3), memory)
     assert step.logits.shape == (6, 2543)
     assert (step.alpha is not None) == decoder.attends
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "1", "--max_steps", "3"], "--max_steps: the budget decides how many steps there are"),
+        (["--budget", "1", "--max_steps=3"], "--max_steps: the budget decides how many steps there are"),
+        (["--budget", "nan"], "--budget must be positive"),
+        (["--budget", "inf"], "--budget must be positive"),
+        (["--budget", "1", "--config", "theirs.yaml"], "--config: give one recipe"),
+    ],
+)
+def test_what_the_budget_decides_is_not_decided_otherwise(words, message, tiny_data, tmp_path, capsys):
+    words = ["--data", str(tiny_data), "--recipes", "shapes_soft", "--output", str(tmp_path / "c"), *words]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err

@@ -324,3 +324,24 @@ def test_the_help_says_what_every_setting_is_for():
     assert len(names) > 80
     for name in names:
         assert re.search(rf"--{re.escape(name)} (\S+ )?(?!\(|--)\w", page[page.index("Train a captioner.") :]), name
+
+
+@pytest.mark.parametrize("second", [["--config", "theirs.yaml"], ["--config=theirs.yaml"]])
+def test_there_is_one_recipe(second, intruder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs.yaml").write_text("decoder: {class_path: intruder.X}\n")
+    with pytest.raises(ValueError, match="--config: give one recipe"):
+        parse_settings(["--config", "shapes_soft", *REQUIRED, *second])
+    assert not intruder()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DecoderConfig(name="transformer", layers=10**6),
+        lambda: RegionEncoderConfig(name="self_attention", blocks=10**6),
+    ],
+)
+def test_nobody_gets_a_million_layers(make):
+    with pytest.raises(ValueError, match=r"(layers|blocks) must be at most 64 \(got 1000000\)"):
+        make()

@@ -269,3 +269,24 @@ def test_a_batch_without_captions_has_words_to_leave_out():
     batch = Collate(2)([(torch.zeros(3, 4), [], 0), (torch.zeros(3, 4), [], 1)])
     assert batch.words.shape == (2, 2, 2)
     assert (batch.words == PAD).all()
+
+
+@pytest.mark.parametrize(
+    ("table", "place", "value", "message"),
+    [
+        ("caption/words", 3, 99999, r"caption/words: numbers of words must lie in \[0, \d+\)"),
+        ("caption/words", 0, -1, r"caption/words: numbers of words must lie in"),
+        ("image/first_caption", 3, 99999, r"image/first_caption: must be 41 numbers that rise from 0 to 200"),
+        ("image/first_caption", 0, 1, r"image/first_caption: must be 41 numbers that rise from 0 to 200"),
+        ("caption/first_word", -1, 1, r"caption/first_word: must be 201 numbers that rise from 0 to \d+"),
+        ("image/split", 2, 3, r"image/split: must be 40 numbers below 3"),
+    ],
+)
+def test_a_table_that_points_at_nothing_is_named(tiny_data, tmp_path, table, place, value, message):
+    shutil.copy(tiny_data, tmp_path / "d.h5")
+    with h5py.File(tmp_path / "d.h5", "r+") as file:
+        values = file[table][()]
+        values[place] = value
+        file[table][...] = values
+    with pytest.raises(ValueError, match=rf"d\.h5: {message}"):
+        CaptionData(tmp_path / "d.h5")

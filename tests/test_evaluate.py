@@ -249,3 +249,10 @@ def test_photos_made_square_in_another_way_are_refused(tiny_checkpoint, tiny_dat
 def test_output_into_a_folder_is_refused_before_the_work(call, tiny_checkpoint, tiny_data, tmp_path):
     code, out, err = call("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--output", tmp_path)
     assert (code, out, err) == (2, [], [f"evaluate: --output {tmp_path}: is a folder; give the file to write"])
+
+
+@pytest.mark.parametrize("words", [["--output", "x.json"], ["--limit", "1"], ["--split", "test"], ["--beam-size", "9"]])
+def test_what_means_nothing_for_captions_that_are_there_is_refused(words, call, references, tmp_path):
+    code, out, err = call("--results", tmp_path / "r.json", "--references", references, *words)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert f"evaluate: {words[0]}: has no meaning for captions that are there already (--results)" in err[0]

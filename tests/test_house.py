@@ -44,7 +44,7 @@ ORDER = (
         "diagnosis",
     ),
     ("rewards", "visualize"),
-    ("api", "soup", "evaluate", "distillation", "run", "objective", "self_critical", "training", "compare"),
+    ("api", "soup", "evaluate", "distillation", "start", "run", "objective", "self_critical", "training", "compare"),
 )
 # These take arrays and strings: all that they may import of the package.
 LEAVES = {

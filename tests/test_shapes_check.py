@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.decoding import Hypothesis
 from captioning.evaluate import SplitCaption
 from preprocess.shapes import Scene, Thing, instances
-from preprocess.shapes_check import check, false_ones
+from preprocess.shapes_check import check, false_ones, main
 
 SIZE, GRID = 32, (2, 2)
 # A large square of half a side 0.18 / sqrt 2 around (0.25, 0.25) lies in the first of four cells.
@@ -61,3 +62,12 @@ def test_each_noun_is_held_against_its_own_thing():
     said = caption("a large red square and a small blue circle", [1.0, 0.0, 0.0, 0.0])
     report = check(said, GRID, INSTANCES)
     assert (report.true, report.nouns, report.hits) == (1, 2, 0.5)
+
+
+def test_a_checkpoint_of_other_pictures_is_refused(tiny_checkpoint, tiny_annotations, tmp_path, capsys):
+    other = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        next(other.model.encoder.network.parameters()).add_(1)
+    save_checkpoint(tmp_path / "other", other)
+    assert main(["--checkpoint", str(tmp_path / "other"), "--data", str(tiny_annotations)]) == 2
+    assert "annotation vectors of another encoder" in capsys.readouterr().err

@@ -280,3 +280,9 @@ def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
     captions = write(tmp_path / "captions.txt", content)
     with pytest.raises(ValueError, match=r"captions\.txt:5: a quote that was opened some lines above is never closed"):
         flickr(captions, tmp_path, lists(tmp_path, train="a.jpg b.jpg c.jpg d.jpg"))
+
+
+def test_a_quoted_caption_may_have_two_lines(tmp_path):
+    captions = write(tmp_path / "captions.txt", 'image,caption\na.jpg,"A dog\nruns , fast ."\n')
+    (record,) = flickr(captions, tmp_path, lists(tmp_path, train="a.jpg"))
+    assert record.captions == ("A dog runs , fast .",)

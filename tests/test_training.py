@@ -475,3 +475,25 @@ def test_a_fit_that_the_data_file_has_not_is_refused(tiny_data, tiny_annotations
     ):
         start(tiny_settings(tiny_annotations, tmp_path / "run", encoder=bilinear, augment="none"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_without_what_it_started_from(tiny_data, tmp_path, whole_run):
+    settings = tiny_settings(tiny_data, tmp_path / "run", init_from=str(shutil.copytree(whole_run, tmp_path / "first")))
+    train_interrupted(settings, 2)
+    shutil.rmtree(tmp_path / "first")
+    training.train(dataclasses.replace(settings, resume=True))
+    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == STEPS
+
+
+def test_vectors_of_another_encoder_are_nothing_to_go_on_with(tiny_data, tiny_annotations, tmp_path):
+    frozen = dataclasses.replace(TINY["encoder"], train_from=None, batch_norm="frozen")
+    training.train(tiny_settings(tiny_data, tmp_path / "first", encoder=frozen, epochs=1, seed=5))
+    settings = tiny_settings(tiny_annotations, tmp_path / "run", encoder=frozen, augment="none")
+    with pytest.raises(ValueError, match=r"init_from=.*first: .* annotation vectors of another encoder"):
+        start(dataclasses.replace(settings, init_from=str(tmp_path / "first")))
+
+
+def test_one_image_is_too_few_to_diagnose_and_training_says_so(tiny_data, tmp_path, capsys):
+    validation = dataclasses.replace(TINY["validation"], images=1)
+    training.train(tiny_settings(tiny_data, tmp_path / "run", validation=validation, max_steps=1))
+    assert "attention: not diagnosed, which takes two images" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from captioning.tokenization import one_line
 from captioning.vocabulary import END, PAD, SPECIAL, START, UNK, Vocabulary
 
 CAPTIONS = [["a", "dog"], ["a", "cat"], ["a", "dog", "runs"]]
@@ -41,7 +42,8 @@ def test_decoding_stops_at_the_end_and_skips_start_and_padding():
     assert Vocabulary.build(CAPTIONS).decode([START, 4, PAD, 5, END, 6]) == ["a", "dog"]
 
 
-words = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda word: word not in SPECIAL)
+printed = st.characters(codec="utf-8").filter(lambda letter: one_line(letter) == letter)
+words = st.text(printed, min_size=1).filter(lambda word: word not in SPECIAL)
 
 
 @given(st.lists(st.lists(words, max_size=5), max_size=5))
@@ -99,3 +101,9 @@ def test_a_malformed_file_is_named(content, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         Vocabulary.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("word", ["one\nphoto.jpg\tred", "\x1b[31mred", "two words", " red", "a\u2028b"])
+def test_a_word_can_neither_end_its_line_nor_speak_to_the_terminal(word):
+    with pytest.raises(ValueError, match="no spaces and no control characters"):
+        Vocabulary([*SPECIAL, word])

@@ -1,0 +1,124 @@
+"""What a run starts from: settings, data and checkpoints that fit together, which is known before a step is made."""
+
+import dataclasses
+
+from captioning.api import checkpoint_folder
+from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, load_state
+from captioning.config import EncoderConfig, Settings
+from captioning.data import ANNOTATIONS, CaptionData, check_augment
+from captioning.evaluate import check_same_task
+from captioning.models.captioner import CaptioningModel
+from captioning.reward_baselines import BASELINES, Baseline
+
+
+def start_model(
+    settings: Settings, data: CaptionData, last: Checkpoint | None = None
+) -> tuple[CaptioningModel, EncoderConfig]:
+    """The model of the settings, with the encoder that the data demands: new, from `init_from`, or as it was left last.
+
+    A run that goes on needs nothing of what it started from.
+    """
+    check_positions(settings, data)
+    check_augment(data, settings.augment)
+    check_validation(settings, data)
+    encoder, encoder_state = fit_encoder(settings.encoder, data), None
+    first = last
+    if first is None and settings.init_from is not None:
+        first = load_checkpoint(checkpoint_folder(settings.init_from))
+        check_start(settings, data, first)
+    if data.kind == ANNOTATIONS:
+        encoder_state = data.encoder_state()
+    elif first is not None:
+        encoder_state = first.model.encoder.network.state_dict()
+    model, encoder = build_model(
+        encoder,
+        settings.decoder,
+        len(data.vocabulary),
+        region_encoder=settings.region_encoder,
+        encoder_state=encoder_state,
+    )
+    if first is not None:
+        load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
+    return model, encoder
+
+
+def check_start(settings: Settings, data: CaptionData, first: Checkpoint) -> None:
+    """What `init_from` has learned must be of use here.
+
+    Raises:
+        ValueError: other words, another decoder, vectors of another encoder.
+    """
+    check_same_task(first, data, f"init_from={settings.init_from}", images=data.kind == ANNOTATIONS)
+    free = [name for name in vars(first.decoder) if "dropout" in name]
+    if {first.decoder.attention, settings.decoder.attention} == {"soft", "hard"}:  # they have the same parameters
+        free.append("attention")
+    if first.decoder != dataclasses.replace(settings.decoder, **{name: getattr(first.decoder, name) for name in free}):
+        raise ValueError(f"init_from={settings.init_from}: its decoder is {first.decoder}; set --decoder alike")
+    if first.region_encoder != settings.region_encoder:
+        raise ValueError(
+            f"init_from={settings.init_from}: its region encoder is {first.region_encoder}; set --region_encoder alike"
+        )
+
+
+def start_baseline(settings: Settings) -> Baseline | None:
+    """The baseline of eq. 12, if attention is hard."""
+    if settings.decoder.attention != "hard":
+        return None
+    hard = settings.hard
+    return BASELINES[hard.baseline](
+        hidden_dim=settings.decoder.hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go"
+    )
+
+
+def check_positions(settings: Settings, data: CaptionData) -> None:
+    """Learned positions must suffice for every caption that is read or written, before an epoch is spent.
+
+    Raises:
+        ValueError: they do not; says how many are needed.
+    """
+    decoder = settings.decoder
+    if decoder.name != "transformer" or decoder.positions != "learned":
+        return
+    sampled = settings.self_critical.max_length if settings.self_critical.epochs else 0
+    needed = 1 + max(data.longest_caption(), settings.validation.search.max_length, sampled)
+    if decoder.max_positions < needed:
+        raise ValueError(
+            f"decoder.max_positions={decoder.max_positions}: captions of {data.path} and those that the validation's "
+            f"search and self-critical training make need {needed}; or use positions='sinusoidal'"
+        )
+
+
+def check_validation(settings: Settings, data: CaptionData) -> None:
+    """What a validation needs must be there before an epoch is spent.
+
+    Raises:
+        ValueError: no images, or a search that the model cannot make.
+    """
+    data.indices(settings.validation.split)
+    location = settings.validation.search.location
+    if location != "argmax" and settings.decoder.attention != "hard":
+        raise ValueError(f"validation.search.location={location!r} needs decoder.attention='hard'")
+
+
+def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
+    """The encoder's settings, completed by what the data file fixes.
+
+    Raises:
+        ValueError: they contradict what is in the file; names the field.
+    """
+    stored = data.encoder or dataclasses.replace(config, fit=data.settings.get("fit", config.fit))
+    for name in ("fit", "resample"):
+        wanted, there = getattr(config, name), getattr(stored, name)
+        if wanted not in (there, getattr(EncoderConfig, name)):  # nobody asks for a default
+            raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} was made with {there!r}")
+    if data.encoder is None:
+        return stored
+    for name in ("name", "layer", "grid", "image_size"):
+        wanted, there = getattr(config, name), getattr(stored, name)
+        if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
+            raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
+    if config.train_from is not None:
+        raise ValueError(
+            f"encoder.train_from={config.train_from!r} needs pixels; {data.path} stores annotation vectors"
+        )
+    return stored
