@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(
         prog="caption.py",
-        description="Caption photos and show where each word looked. Standard output has one line per photo: path, tab, "
+        description="Caption photos and show where each word looked. Standard output has a line per photo: path, tab, "
         "caption; ' ...' ends one that was cut off at --max-length.",
     )
     parse.add_argument("images", nargs="+", help="image files, folders, globs")

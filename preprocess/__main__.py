@@ -140,7 +140,8 @@ def _report(summary: Summary, output: Path) -> str:
 def _as_options(message: str) -> str:
     """An error of the encoder, in the words of this command line."""
     message = re.sub(r"(?:--)?encoder\.(weights|layer|grid)", r"--\1", message)
-    return message.replace("encoder.name=", "--encoder ")
+    message = message.replace("encoder.name=", "--encoder ")
+    return message.replace("torchvision classification model;", "checkpoint, nor a torchvision classification model;")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -306,7 +306,7 @@ def test_an_output_that_is_there_is_kept_unless_told_to_overwrite(tmp_path, caps
         (["--captions", "no.csv"], "no.csv: no such file"),
         (["--output", "."], "--output .: is a folder; give the file to write"),
         (["--mirror"], "mirror needs an encoder: pixels are mirrored when they are read"),
-        (["--encoder", "resnet17"], "--encoder 'resnet17' is no torchvision classification model"),
+        (["--encoder", "resnet17"], "--encoder 'resnet17' is no checkpoint, nor a torchvision classification model"),
         (["--encoder", "resnet18", "--weights", "no.pth"], "--weights=no.pth: no such file"),
         (["--encoder", "resnet18", "--weights", "null", "--layer", "layer9"], "--layer='layer9' is no feature map"),
         (["--encoder", "resnet18", "--weights", "null", "--device", "abacus"], "--device abacus: allowed are"),
