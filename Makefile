@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 IMAGE ?=
 CHECKPOINT ?= flickr8k-soft
 OUT ?= demo
+JOBS ?= 2
 
 .PHONY: demo test lint types clean
 
@@ -15,8 +16,8 @@ demo: $(VENV)/.demo  ## caption a photo: make demo, or make demo IMAGE=my.jpg
 	$(BIN)/python caption.py "$$photo" --checkpoint "$(CHECKPOINT)" --overlay "$(OUT)" --words
 	@echo "soft attention: CHECKPOINT=flickr8k-soft; hard attention, one cell per word: make demo CHECKPOINT=flickr8k-hard"
 
-test: $(VENV)/.dev lint types  ## lint, types and every test
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.dev lint types  ## lint, types and every test, JOBS at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
