@@ -16,7 +16,7 @@ from torch import Tensor
 from captioning.api import checkpoint_folder
 from captioning.checkpoint import load_checkpoint
 from captioning.config import EncoderConfig, given, one_line
-from captioning.files import make_place
+from captioning.files import make_place, short_name
 from captioning.memory import keep_memory
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
@@ -55,6 +55,7 @@ def _run(options: argparse.Namespace) -> Summary:
     settings = _settings(options, encoder if encoder_state is not None else None)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1 (got {options.limit})")
+    vocabulary = load_checkpoint(checkpoint_folder(options.vocabulary)).vocabulary if options.vocabulary else None
     for path in _paths(options, "images"):
         if not path.is_dir():
             raise FileNotFoundError(f"--images {path}: no such folder")
@@ -75,6 +76,7 @@ def _run(options: argparse.Namespace) -> Summary:
         workers=getattr(options, "workers", None),
         overwrite=options.overwrite,
         companions=companions,
+        vocabulary=vocabulary,
     )
 
 
@@ -122,6 +124,8 @@ def _source(options: argparse.Namespace) -> dict[str, Any]:
         if files:
             source[name] = [path.name for path in files]
             source[f"{name}_sha256"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    if options.vocabulary:
+        source["vocabulary"] = short_name(options.vocabulary)
     return source | {name: value for name, value in sorted(vars(options).items()) if name in _STORED}
 
 
@@ -232,6 +236,8 @@ def _common() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-count", type=int, default=5, help="rarer words of the train split become <unk> (default: %(default)s)"
     )
+    words = "take its words, so that training can go on from it (--init_from); --min-count and --max-words mean nothing"
+    parser.add_argument("--vocabulary", metavar="CHECKPOINT", help=words)
     parser.add_argument("--max-words", type=int, default=10_000, help="largest vocabulary (default: %(default)s)")
     parser.add_argument(
         "--max-length", type=int, default=50, help="words of a caption that are trained on (default: %(default)s)"

@@ -107,6 +107,7 @@ def build(
     workers: int | None = None,
     overwrite: bool = False,
     companions: Mapping[Path, Callable[[], str]] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Summary:
     """Make one data file. An interrupted build goes on where it stopped when it is called again with the same values.
 
@@ -121,6 +122,7 @@ def build(
         workers: processes that decode photos; 0: this one, the default when the encoder is on the CPU.
         overwrite: replace an existing output, and what another unfinished run left.
         companions: text files that belong to the output; they are there before it is.
+        vocabulary: the words to use; by default those of the train split.
 
     Raises:
         ValueError: too many photos are missing or broken; the output is there; a setting does not fit.
@@ -146,7 +148,7 @@ def build(
     dropped += _broken(partial, records)
     broken = {i for i, _ in partial.broken}
     records = [record for i, record in enumerate(records) if i not in broken]
-    captions, vocabulary = _captions(records, settings)
+    captions, vocabulary = _captions(records, settings, vocabulary)
     whole = partial.folder / "whole.h5"
     write_file(
         whole,
@@ -290,11 +292,13 @@ def _workers(given: int | None, annotator: Annotator | None) -> int:
     return min(4, max(1, (os.cpu_count() or 1) - 1))
 
 
-def _captions(records: Sequence[Record], settings: BuildSettings) -> tuple[Captions, Vocabulary]:
-    """The captions of all images, in the vocabulary of the train split's."""
+def _captions(
+    records: Sequence[Record], settings: BuildSettings, vocabulary: Vocabulary | None
+) -> tuple[Captions, Vocabulary]:
+    """The captions of all images, in a vocabulary that is given, or of the train split's words."""
     tokens = [[tokenize(caption)[: settings.max_length] for caption in record.captions] for record in records]
     train = (words for record, group in zip(records, tokens, strict=True) if record.split == "train" for words in group)
-    vocabulary = Vocabulary.build(train, min_count=settings.min_count, max_size=settings.max_words)
+    vocabulary = vocabulary or Vocabulary.build(train, min_count=settings.min_count, max_size=settings.max_words)
     ids = [vocabulary.encode(words) for group in tokens for words in group]
     captions = Captions(
         first_caption=[0, *accumulate(len(group) for group in tokens)],

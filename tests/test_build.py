@@ -19,8 +19,11 @@ import torch
 from PIL import Image
 from torchvision.models import get_model
 
+from captioning.checkpoint import load_checkpoint
 from captioning.data import ANNOTATIONS, PIXELS, CaptionData
+from captioning.evaluate import check_same_task
 from captioning.images import open_image, to_array, to_square
+from captioning.tokenization import tokenize
 from captioning.vocabulary import SPECIAL
 from preprocess.__main__ import main
 from preprocess.store import Partial
@@ -410,3 +413,22 @@ def test_the_folder_is_let_go_before_it_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path: done._lock.closed and real(path))  # as network file systems do
     done.remove()
     assert not (tmp_path / "p").exists()
+
+
+def test_the_words_may_be_a_checkpoints_so_that_training_goes_on_from_it(tmp_path, tiny_checkpoint):
+    root = photos(tmp_path / "in", 3)
+    words = ["--vocabulary", str(tiny_checkpoint), "--encoder", str(tiny_checkpoint), "--device", "cpu"]
+    assert main(command(root, tmp_path / "d.h5", *words)) == 0
+    data, checkpoint = CaptionData(tmp_path / "d.h5"), load_checkpoint(tiny_checkpoint)
+    assert data.vocabulary == checkpoint.vocabulary
+    assert data.source["vocabulary"] == tiny_checkpoint.name
+    check_same_task(checkpoint, data, "init_from")
+    for caption in range(3):
+        expected = checkpoint.vocabulary.encode(tokenize(data.references(caption)[0]))
+        assert data.words(data.captions_of(caption)[0]).tolist() == expected
+
+
+def test_a_vocabulary_of_no_checkpoint_is_named(tmp_path, capsys):
+    root = photos(tmp_path / "in", 3)
+    assert main(command(root, tmp_path / "d.h5", "--vocabulary", "nowhere")) == 2
+    assert "preprocess: error: nowhere: no checkpoint folder" in capsys.readouterr().err
