@@ -2,18 +2,15 @@
 
 import importlib.resources
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import cast, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from captioning.config import Settings, check_fields, one_line
-
-_GROUPS = {name for name, kind in get_type_hints(Settings).items() if is_dataclass(kind)} | {"validation.search"}
-"""Settings that hold settings. jsonargparse would take a file for one, and interpret what it says unchecked."""
 
 
 def recipes() -> dict[str, Path]:
@@ -33,6 +30,14 @@ def recipe_path(name_or_path: str) -> str:
     if Path(name_or_path).is_file():
         return name_or_path
     raise FileNotFoundError(f"--config {name_or_path}: no such file or recipe; recipes are {', '.join(recipes())}")
+
+
+def groups(kind: type = Settings, prefix: str = "") -> Iterator[str]:
+    """Settings that hold settings. jsonargparse would take a file for one, and interpret what it says unchecked."""
+    for name, inner in get_type_hints(kind).items():
+        if is_dataclass(inner):
+            yield f"{prefix}{name}"
+            yield from groups(cast(type, inner), f"{prefix}{name}.")
 
 
 def check_recipe(path: Path) -> None:
@@ -71,8 +76,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         i = words.index("--config")
         words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]
         check_recipe(Path(words[1]))
-    for option in (word.split("=")[0] for word in words if word.startswith("--")):
-        if option.removeprefix("--") in _GROUPS:
+    known = {f"--{name}" for name in groups()}
+    for option in (word.split("=")[0] for word in words):
+        if option in known:
             raise ValueError(f"{option}: is a group of settings; give them one by one, e.g. {option}.NAME VALUE")
     parser = settings_parser()
     try:

@@ -36,6 +36,8 @@ from captioning.files import fresh_file, hold
 from captioning.vocabulary import Vocabulary
 from preprocess.sources import Record
 
+_LOCK = "lock"
+
 
 class Partial:
     """The folder `OUTPUT.partial`: finished batches of images, which a later run of the same command goes on with.
@@ -69,7 +71,7 @@ class Partial:
         """Hold the folder, made if it is not there, against other processes as long as this object lives."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            return hold(self.folder / "lock")
+            return hold(self.folder / _LOCK)
         except BlockingIOError as error:
             raise ValueError(f"{self.folder}: another process is writing there now") from error
 
@@ -80,7 +82,7 @@ class Partial:
 
     def _empty(self) -> None:
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _claim(self, key: str, restart: bool) -> None:

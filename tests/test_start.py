@@ -1,0 +1,72 @@
+"""What a run refuses before its first step: data, checkpoints, settings and folders that do not fit."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import h5py
+import pytest
+from test_training import ROOT, TINY, tiny_settings, train_interrupted
+
+from captioning import training
+from captioning.config import SearchConfig, ValidationConfig
+from captioning.run import start
+
+
+def test_nothing_to_validate_on_is_said_before_an_epoch_is_spent(tiny_data, tmp_path):
+    data = tmp_path / "train.h5"
+    shutil.copy(tiny_data, data)
+    with h5py.File(data, "r+") as file:
+        file["image/split"][:] = 0
+    with pytest.raises(ValueError, match="no images of split 'val'; there are train"):
+        start(tiny_settings(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_that_the_model_cannot_make_is_refused_at_once(tiny_data, tmp_path):
+    validation = ValidationConfig(search=SearchConfig(location="sample"))
+    with pytest.raises(ValueError, match=r"validation\.search\.location='sample' needs decoder\.attention='hard'"):
+        start(tiny_settings(tiny_data, tmp_path / "run", validation=validation))
+
+
+def test_a_run_goes_on_with_its_own_words_only(tiny_data, tmp_path):
+    settings = tiny_settings(tiny_data, tmp_path / "run")
+    train_interrupted(settings, 2)
+    data = tmp_path / "other.h5"
+    shutil.copy(tiny_data, data)
+    with h5py.File(data, "r+") as file:
+        file["vocabulary"][-1] = "azure"
+    with pytest.raises(ValueError, match=r"--resume: its vocabulary is not that of .*other\.h5"):
+        start(dataclasses.replace(settings, data=str(data), resume=True))
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_data, tmp_path):
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(dataclasses.asdict(run.settings)))
+    command = [sys.executable, "train.py", "--config", str(recipe)]
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert other.stderr.strip().endswith(f"output={tmp_path / 'run'}: another process is training there now")
+
+
+def test_a_fit_that_the_data_file_has_not_is_refused(tiny_data, tiny_annotations, tmp_path):
+    squashed = dataclasses.replace(TINY["encoder"], fit="squash")
+    with pytest.raises(ValueError, match=r"encoder\.fit='squash', but .*pixels\.h5 was made with 'crop'"):
+        start(tiny_settings(tiny_data, tmp_path / "run", encoder=squashed))
+    bilinear = dataclasses.replace(TINY["encoder"], train_from=None, resample="bilinear")
+    with pytest.raises(
+        ValueError, match=r"encoder\.resample='bilinear', but .*annotations\.h5 was made with 'bicubic'"
+    ):
+        start(tiny_settings(tiny_annotations, tmp_path / "run", encoder=bilinear, augment="none"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_vectors_of_another_encoder_are_nothing_to_go_on_with(tiny_data, tiny_annotations, tmp_path):
+    frozen = dataclasses.replace(TINY["encoder"], train_from=None, batch_norm="frozen")
+    training.train(tiny_settings(tiny_data, tmp_path / "first", encoder=frozen, epochs=1, seed=5))
+    settings = tiny_settings(tiny_annotations, tmp_path / "run", encoder=frozen, augment="none")
+    with pytest.raises(ValueError, match=r"init_from=.*first: .* annotation vectors of another encoder"):
+        start(dataclasses.replace(settings, init_from=str(tmp_path / "first")))
