@@ -124,6 +124,10 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--top-k", type=int, default=own, help="of --sample")
     parse.add_argument("--top-p", type=float, default=own, help="of --sample")
     parse.add_argument("--location", choices=LOCATIONS, default=own, help="where hard attention looks")
+    parse.add_argument("--paths", type=int, default=own, help="of --location sample: the mean over so many")
+    parse.add_argument(
+        "--mirror", action=argparse.BooleanOptionalAction, default=own, help="look at the mirrored photo, too"
+    )
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--overlay", metavar="DIR", help="draw each photo's per-word attention here")
     parse.add_argument(
@@ -192,10 +196,11 @@ def print_words(caption: Caption, lines: Any) -> None:
             line += f"   beta {caption.betas[t]:.2f}"
         if caption.alphas is not None:
             _, rows, columns = caption.alphas.shape
-            cell = int(caption.alphas[t].argmax() if caption.locations is None else caption.locations[t])
-            row, column = divmod(cell, columns)
-            line += f"   looked {'most ' if caption.locations is None else ''}at row {row + 1} of {rows}, "
-            line += f"column {column + 1} of {columns} ({caption.alphas[t, row, column]:.0%})"
+            cells = [caption.alphas[t].argmax()] if caption.locations is None else caption.locations[t]
+            for i, (row, column) in enumerate(divmod(int(cell), columns) for cell in dict.fromkeys(map(int, cells))):
+                line += "   looked most" if caption.locations is None else " and" if i else "   looked"
+                line += f" at row {row + 1} of {rows}, column {column + 1} of {columns}"
+                line += f" ({caption.alphas[t, row, column]:.0%})"
         print(line, file=lines)
 
 

@@ -28,8 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.hard_oracle import Oracle, estimate, exact_gradient, new_baseline, small_oracle
-from captioning.api import checkpoint_folder
-from captioning.checkpoint import load_checkpoint
+from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.config import HardConfig, one_line
 from captioning.data import CaptionData, CaptionDataset, load_batches, plan_epoch
 from captioning.evaluate import check_same_task

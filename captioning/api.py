@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from captioning.checkpoint import Checkpoint, load_checkpoint
+from captioning.checkpoint import Checkpoint, checkpoint_folder
 from captioning.config import LOCATIONS, SearchConfig, one_line
-from captioning.decoding import Hypothesis, search
+from captioning.decoding import Hypothesis
 from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
+from captioning.models.captioner import CaptioningModel
 from captioning.models.multihead import show_head
 from captioning.tokenization import detokenize
 from captioning.vocabulary import END
-
-PRETRAINED = Path(__file__).parent / "pretrained"
-"""Checkpoints that come with the package; `load_captioner` takes their names."""
+from captioning.voices import Ensemble, caption_images, load_ensemble
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Caption:
         log_probs: log p of each word, given those before it and the image.
         alphas: (T, h, w) float32 attention over the grid, each (h, w) sums to 1; None for a model without attention.
         betas: (T,) float32, the gate at each word; None for a model without.
-        locations: (T,) int64, the cell that hard attention looked at, counted row by row: `divmod(location, w)` is its
-            row and column; None for a model without hard attention, and where it was asked for the mean context.
+        locations: (T, G) int64, the cells that hard attention looked at, counted row by row: `divmod(location, w)` is
+            one's row and column. G is 1; with `mirror`, `paths` and in ensembles as many as looked. None for a model
+            without hard attention, and where it was asked for the mean context.
         box: the part of the photo, in its pixels, that the grid covers.
         finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
         score: what alternatives are ranked by.
@@ -93,7 +94,7 @@ class Captioner:
     """A trained captioner. Make one with `load_captioner`.
 
     Args:
-        checkpoint: the model with its vocabulary and configs.
+        checkpoint: the model with its vocabulary and configs; or several, which speak with one voice.
         device: where it runs, e.g. "cpu" or "cuda".
         head: whose attention is returned, where there are several heads; None for their mean.
 
@@ -101,16 +102,19 @@ class Captioner:
         ValueError: there is no such head.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: int | None = None):
-        self.checkpoint = checkpoint
-        show_head(checkpoint.model.decoder, head)
+    def __init__(
+        self, checkpoint: Checkpoint | Ensemble, *, device: str | torch.device = "cpu", head: int | None = None
+    ):
+        self.ensemble = Ensemble.of(checkpoint)
         self.device = check_device(device)
-        self.model = checkpoint.model.to(self.device).eval()
+        for model in self.ensemble.models:
+            show_head(model.decoder, head)
+            model.to(self.device).eval()
 
     @property
     def attends(self) -> bool:
         """Whether its captions come with alphas."""
-        return self.model.decoder.attends
+        return any(model.decoder.attends for model in self.ensemble.models)
 
     def caption(
         self,
@@ -127,8 +131,8 @@ class Captioner:
             batch_size: images at once.
             seed: of sampled words (`sample=True`) and sampled locations (`location="sample"`).
             options: fields of `SearchConfig`: beam_size=5, num_captions=1, max_length=30, sample=True,
-                location="argmax" (or "sample", "expected": where hard attention looks), ... What is not given is as
-                the checkpoint has it (`checkpoint.search`).
+                location="argmax" (or "sample", "expected": where hard attention looks), mirror=True, ... What is not
+                given is as the checkpoint has it (`checkpoint.search`).
 
         Returns:
             One Caption per image, in order; further ones of an image in its `alternatives`.
@@ -145,34 +149,40 @@ class Captioner:
         """As `caption`, but yielding each batch when it is done: for more images than memory holds."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
-        config = search_config(self.checkpoint.search, **options)
+        config = search_config(self.ensemble.search, **options)
         generator = torch.Generator(self.device).manual_seed(seed)
         for start in range(0, len(images), batch_size):
             yield from self._batch([_read(image) for image in images[start : start + batch_size]], config, generator)
 
     def _batch(self, photos: list[Image.Image], config: SearchConfig, generator: torch.Generator) -> list[Caption]:
-        encoder = self.checkpoint.encoder
-        squares = [to_square(photo, encoder.image_size, encoder.fit, encoder.resample) for photo in photos]
-        pixels = np.stack([to_array(square) for square in squares])
-        with torch.no_grad():
-            a = self.model.annotate(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))
-        found = search(self.model.decoder, a, config, generator=generator)
+        fit = self.ensemble.members[0].encoder.fit
+
+        def load(model: CaptioningModel, mirrored: bool) -> Tensor:
+            encoder = model.encoder
+            squares = [to_square(photo, encoder.image_size, fit, encoder.resample) for photo in photos]
+            pixels = torch.from_numpy(np.stack([to_array(square) for square in squares])).permute(0, 3, 1, 2)
+            return (pixels.flip(-1) if mirrored else pixels).to(self.device)
+
+        found = caption_images(self.ensemble.models, load, config, generator=generator)
         captions = []
         for photo, hypotheses in zip(photos, found, strict=True):
-            box = visible_box(*photo.size, encoder.fit)
+            box = visible_box(*photo.size, fit)
             best, *others = (self._read_back(hypothesis, box) for hypothesis in hypotheses)
             captions.append(dataclasses.replace(best, alternatives=tuple(others)))
         return captions
 
     def _read_back(self, hypothesis: Hypothesis, box: Box) -> Caption:
         length = len([i for i in hypothesis.ids if i != END])
-        words = self.checkpoint.vocabulary.decode(hypothesis.ids)
+        words = self.ensemble.vocabulary.decode(hypothesis.ids)
         alphas = hypothesis.alphas
+        if alphas is not None:  # on the finest grid of those that attend
+            grids = [model.encoder.grid for model in self.ensemble.models if model.decoder.attends]
+            alphas = alphas[:length].unflatten(1, max(grids)).float()
         return Caption(
             text=detokenize(words),
             words=tuple(words),
             log_probs=hypothesis.log_probs[:length],
-            alphas=None if alphas is None else alphas[:length].unflatten(1, self.model.encoder.grid).float().numpy(),
+            alphas=None if alphas is None else alphas.numpy(),
             betas=None if hypothesis.betas is None else hypothesis.betas[:length].float().numpy(),
             locations=None if hypothesis.locations is None else hypothesis.locations[:length].numpy(),
             box=box,
@@ -200,7 +210,8 @@ def load_captioner(path: str | Path, *, device: str | torch.device = "cpu", head
     """Load a captioner.
 
     Args:
-        path: a checkpoint folder, a run's folder (its best checkpoint is taken), or the name of one in PRETRAINED.
+        path: a checkpoint folder, a run's folder (its best checkpoint is taken), an ensemble's folder, or the name of
+            one in PRETRAINED.
         device: where it runs.
         head: whose attention is returned, where there are several heads; None for their mean.
 
@@ -208,16 +219,7 @@ def load_captioner(path: str | Path, *, device: str | torch.device = "cpu", head
         FileNotFoundError: there is none; names the pretrained ones.
         ValueError: a file of it is malformed, or there is no such head.
     """
-    return Captioner(load_checkpoint(checkpoint_folder(path)), device=device, head=head)
-
-
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder that `path` means, see `load_captioner`."""
-    for folder in (Path(path), Path(path) / "best", PRETRAINED / str(path)):
-        if (folder / "config.json").is_file():
-            return folder
-    names = ", ".join(sorted(folder.name for folder in PRETRAINED.glob("*") if folder.is_dir()))
-    raise FileNotFoundError(f"{path}: no checkpoint folder, nor one of the pretrained: {names}")
+    return Captioner(load_ensemble(checkpoint_folder(path)), device=device, head=head)
 
 
 def search_config(own: SearchConfig, **options: int | float | bool | str) -> SearchConfig:

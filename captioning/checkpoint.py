@@ -5,6 +5,7 @@ While a run goes on, its training state lies beside them (training.safetensors, 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ from captioning.vocabulary import Vocabulary
 
 FORMAT = 1
 
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""Checkpoints that come with the package; `load_captioner` takes their names."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -58,6 +62,10 @@ class Checkpoint:
     region_encoder: RegionEncoderConfig = field(default_factory=RegionEncoderConfig)
     about: Mapping[str, Any] = field(default_factory=dict)
     search: SearchConfig = field(default_factory=SearchConfig)
+
+
+MAX_MEMBERS = 16
+"""Largest ensemble."""
 
 
 @dataclass(frozen=True)
@@ -160,20 +168,72 @@ def save_checkpoint(
             write_json(new / "training.json", training.progress)
 
 
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder that `path` means, see `load_captioner`."""
+    for folder in (Path(path), Path(path) / "best", PRETRAINED / str(path)):
+        if (folder / "config.json").is_file():
+            return folder
+    names = ", ".join(sorted(folder.name for folder in PRETRAINED.glob("*") if folder.is_dir()))
+    raise FileNotFoundError(f"{path}: no checkpoint folder, nor one of the pretrained: {names}")
+
+
+def member_name(name: object) -> str:
+    """A name that a member's folder may have.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)):
+        raise ValueError(f"a member's name has letters, digits, - and _, at most 64 (got {str(name)[:80]!r})")
+    return name
+
+
+def ensemble_members(folder: Path) -> tuple[str, ...]:
+    """The names of an ensemble's members; none if the folder is not one of an ensemble.
+
+    Raises:
+        ValueError: they are malformed.
+    """
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if "members" not in config:
+        return ()
+    _check_format(config, path)
+    names = config["members"]
+    if not (isinstance(names, list) and 1 <= len(names) <= MAX_MEMBERS):
+        raise ValueError(f"{path}: members must be a list of 1 to {MAX_MEMBERS} names")
+    try:
+        found = tuple(member_name(name) for name in names)
+    except ValueError as error:
+        raise ValueError(f"{path}: members: {error}") from error
+    if len(set(found)) < len(found):
+        raise ValueError(f"{path}: members: each name may come once (got {', '.join(found)})")
+    return found
+
+
+def _check_format(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is {config.get('format')!r}, this version reads {FORMAT}")
+
+
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Read a checkpoint folder; the model comes in float32, on the CPU, in evaluation mode.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is malformed or does not fit the others; names it.
+        ValueError: a file is malformed or does not fit the others; names it. The folder is one of an ensemble.
     """
     folder = Path(folder)
+    members = ensemble_members(folder)
+    if members:
+        raise ValueError(
+            f"{folder}: an ensemble; here one model is wanted: {' or '.join(str(folder / name) for name in members)}"
+        )
     for name in ("config.json", "vocabulary.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: no such file; a checkpoint is a folder like runs/x/best")
     config = read_json(folder / "config.json")
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'config.json'}: format is {config.get('format')!r}, this version reads {FORMAT}")
+    _check_format(config, folder / "config.json")
     encoder = from_dict(EncoderConfig, config.get("encoder"), f"{folder / 'config.json'}: encoder")
     regions = config.get("region_encoder", {})  # older checkpoints have none
     region_encoder = from_dict(RegionEncoderConfig, regions, f"{folder / 'config.json'}: region_encoder")

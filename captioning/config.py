@@ -167,6 +167,8 @@ class SearchConfig:
         top_p: sample from the smallest set of words with this probability; 1 means all.
         location: where hard attention looks: argmax (the likeliest location), sample (eq. 8), or expected (the mean
             context of soft attention, with which the original code decodes its hard models).
+        paths: with location sample, how many paths of locations speak at once: the mean of their probabilities.
+        mirror: look at the mirrored picture, too; again the mean of the probabilities.
     """
 
     beam_size: int = 5
@@ -179,14 +181,18 @@ class SearchConfig:
     top_k: int = 0
     top_p: float = 1.0
     location: Location = "argmax"
+    paths: int = 1
+    mirror: bool = False
 
     def __post_init__(self) -> None:
-        positive(self, "beam_size", "max_length", "num_captions", "temperature")
+        positive(self, "beam_size", "max_length", "num_captions", "temperature", "paths")
         not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1] (got {self.top_p})")
         if not self.sample and self.num_captions > self.beam_size:
             raise ValueError(f"num_captions={self.num_captions} needs beam_size of at least as many ({self.beam_size})")
+        if self.paths > 1 and self.location != "sample":
+            raise ValueError(f"paths={self.paths} needs location='sample': all others take the same path each time")
 
 
 @dataclass(frozen=True)

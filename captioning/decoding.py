@@ -1,8 +1,8 @@
 """Search: greedy, sampling and batched beam search over `Decoder.step`, whatever the decoder is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Integer
@@ -11,7 +11,11 @@ from torch import Tensor
 from captioning.config import SearchConfig
 from captioning.models.attention import Look, is_hard, looking
 from captioning.models.decoder import Decoder, Step
+from captioning.models.ensemble import Ensemble
 from captioning.vocabulary import END, PAD, START, UNK
+
+Vectors = Float[Tensor, "N L D"] | Sequence[Float[Tensor, "N _ _"]]
+"""Annotation vectors of N images; those of each decoder, if there are several."""
 
 NEVER = (PAD, START, UNK)
 """Words that no search ever says."""
@@ -26,7 +30,8 @@ class Hypothesis:
         log_probs: the model's log p of each id (its own: no temperature, nothing renormalised).
         alphas: (T, L) attention at each id, None for a model without.
         betas: (T,) gate at each id, None likewise.
-        locations: (T,) where hard attention looked at each id; None for any other, and for the mean context.
+        locations: (T, G) where hard attention looked at each id, G times: once, but in an ensemble; None for any other,
+            and for the mean context.
         finished: END was reached; otherwise this is the best that `max_length` allowed.
         score: what hypotheses are ranked by: sum of log_probs / T ** length_penalty.
     """
@@ -35,7 +40,7 @@ class Hypothesis:
     log_probs: tuple[float, ...]
     alphas: Float[Tensor, "T L"] | None
     betas: Float[Tensor, " T"] | None
-    locations: Integer[Tensor, " T"] | None
+    locations: Integer[Tensor, "T G"] | None
     finished: bool
     score: float
 
@@ -52,7 +57,7 @@ class _Trace(NamedTuple):
     slots: Integer[Tensor, "N B"]
     alphas: Float[Tensor, "N B L"] | None
     betas: Float[Tensor, "N B"] | None
-    locations: Integer[Tensor, "N B"] | None
+    locations: Integer[Tensor, "N B G"] | None
 
     def cpu(self) -> "_Trace":
         parents, words, log_probs, slots = (x.cpu() for x in self[:4])
@@ -70,13 +75,17 @@ class _Ending(NamedTuple):
 
 
 def search(
-    decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig, *, generator: torch.Generator | None = None
+    decoder: Decoder | Sequence[Decoder],
+    a: Vectors,
+    config: SearchConfig,
+    *,
+    generator: torch.Generator | None = None,
 ) -> list[list[Hypothesis]]:
     """Caption N images: by beam search, or by sampling when the config says so.
 
     Args:
-        decoder: any decoder, in evaluation mode.
-        a: annotation vectors.
+        decoder: any decoder, in evaluation mode; several are an `Ensemble`.
+        a: annotation vectors; those of each, if there are several decoders.
         config: how.
         generator: of sampled words and locations, on the device of `a`.
 
@@ -86,6 +95,11 @@ def search(
     Raises:
         ValueError: `config.location` for a decoder that has no hard attention.
     """
+    if isinstance(decoder, Decoder) and config.paths > 1:
+        decoder, a = [decoder], [cast(Tensor, a)]
+    if not isinstance(decoder, Decoder):
+        alone = len(decoder) * config.paths == 1
+        decoder, a = (decoder[0], a[0]) if alone else (Ensemble(decoder, paths=config.paths), a)
     if config.location != "argmax" and not is_hard(decoder):
         raise ValueError(f"location={config.location!r} needs a model with hard attention")
     with torch.no_grad(), looking(decoder, Look(config.location, generator=generator)):
@@ -94,14 +108,14 @@ def search(
         return [found[: config.num_captions] for found in beam_search(decoder, a, config)]
 
 
-def greedy(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig) -> list[list[Hypothesis]]:
+def greedy(decoder: Decoder, a: Vectors, config: SearchConfig) -> list[list[Hypothesis]]:
     """The likeliest word at every step; one hypothesis per image."""
     best = _roll_out(decoder, a, config, rows_per_image=1, choose=lambda log_p: log_p.argmax(dim=-1))
     return _endings(*best, config)
 
 
 def sample(
-    decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig, *, generator: torch.Generator | None = None
+    decoder: Decoder, a: Vectors, config: SearchConfig, *, generator: torch.Generator | None = None
 ) -> list[list[Hypothesis]]:
     """Words drawn from p(y_t)^(1/temperature), cut to the top k and to the nucleus top p (Holtzman et al., 2020)."""
     choose = _drawn(config, generator)
@@ -109,7 +123,7 @@ def sample(
 
 
 def draw_words(
-    decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig, *, generator: torch.Generator | None = None
+    decoder: Decoder, a: Vectors, config: SearchConfig, *, generator: torch.Generator | None = None
 ) -> Integer[Tensor, "N K S"]:
     """The captions of `sample` as words to be fed back: framed by START and END, padded with PAD.
 
@@ -155,19 +169,19 @@ def nucleus(p: Float[Tensor, "R V"], *, top_k: int, top_p: float) -> Float[Tenso
 
 def _roll_out(
     decoder: Decoder,
-    a: Float[Tensor, "N L D"],
+    a: Vectors,
     config: SearchConfig,
     *,
     rows_per_image: int,
     choose: Callable[[Tensor], Tensor],
 ) -> tuple[list[_Trace], Integer[Tensor, "R T"]]:
     """One word after the other, `choose`n from the allowed log p; rows never branch. Returns traces and words."""
-    n, k = len(a), rows_per_image
+    n, k, device = len(_one_of(a)), rows_per_image, _one_of(a).device
     memory = decoder.prepare(a)
     state = decoder.initial_state(memory, k)
-    words = torch.full((n * k,), START, device=a.device)
+    words = torch.full((n * k,), START, device=device)
     history = words.new_empty(n * k, 0)
-    same = torch.arange(k, device=a.device).expand(n, k)
+    same = torch.arange(k, device=device).expand(n, k)
     traces: list[_Trace] = []
     for _ in range(config.max_length + 1):
         step = decoder.step(words, state, memory)
@@ -194,7 +208,7 @@ def _endings(traces: list[_Trace], history: Integer[Tensor, "R T"], config: Sear
     return _hypotheses(traces, endings)
 
 
-def beam_search(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfig) -> list[list[Hypothesis]]:
+def beam_search(decoder: Decoder, a: Vectors, config: SearchConfig) -> list[list[Hypothesis]]:
     """Beam search over N images x `beam_size` hypotheses at once.
 
     Finished hypotheses leave the beam, which stays full. An image is done when no hypothesis that is still open can
@@ -204,14 +218,14 @@ def beam_search(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfi
         For every image up to `beam_size` hypotheses, best first. Where END came less often than `num_captions` asks,
         the best open ones follow, marked.
     """
-    n, width = len(a), config.beam_size
+    n, width, device = len(_one_of(a)), config.beam_size, _one_of(a).device
     memory = decoder.prepare(a)
     state = decoder.initial_state(memory, width)
-    words = torch.full((n * width,), START, device=a.device)
+    words = torch.full((n * width,), START, device=device)
     history = words.new_empty(n * width, 0)
-    totals = a.new_full((n, width), -torch.inf)
+    totals = _one_of(a).new_full((n, width), -torch.inf)
     totals[:, 0] = 0  # all rows are the same before the first word: only one may branch
-    first_row = torch.arange(n, device=a.device).unsqueeze(-1) * width
+    first_row = torch.arange(n, device=device).unsqueeze(-1) * width
     traces: list[_Trace] = []
     finished: list[list[_Ending]] = [[] for _ in range(n)]
     done = [False] * n
@@ -232,10 +246,22 @@ def beam_search(decoder: Decoder, a: Float[Tensor, "N L D"], config: SearchConfi
         if all(done):
             break
         rows, words = rows.gather(1, slots).flatten(), chosen.gather(1, slots).flatten()
-        state = type(step.state)(*(x[rows] for x in step.state))
+        state = _rows_of(step.state, rows)
         history = torch.cat([history[rows], words.unsqueeze(-1)], dim=-1)
     _add_open(finished, traces, totals, config)
     return [found[:width] for found in _hypotheses(traces, finished)]
+
+
+def _one_of(a: Vectors) -> Float[Tensor, "N _ _"]:
+    """Any of an ensemble's annotation vectors: they are of the same images, on the same device."""
+    return a if isinstance(a, Tensor) else a[0]
+
+
+def _rows_of(state: Any, rows: Integer[Tensor, " R"]) -> Any:
+    """The state with which the rows go on; an ensemble has a list of states."""
+    if isinstance(state, list):
+        return [_rows_of(own, rows) for own in state]
+    return type(state)(*(x[rows] for x in state))
 
 
 def _collect(
@@ -301,7 +327,10 @@ def _forbid(log_p: Float[Tensor, "R V"], history: Integer[Tensor, "R t"], config
 
 def _looks(step: Step, images: int) -> Iterator[Any]:
     """A step's alphas, betas and locations by image."""
-    return (None if x is None else x.unflatten(0, (images, -1)) for x in (step.alpha, step.beta, step.location))
+    location = step.location
+    if location is not None and location.dim() == 1:
+        location = location.unsqueeze(-1)  # one look
+    return (None if x is None else x.unflatten(0, (images, -1)) for x in (step.alpha, step.beta, location))
 
 
 def _hypotheses(traces: list[_Trace], endings: list[list[_Ending]]) -> list[list[Hypothesis]]:

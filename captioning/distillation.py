@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
-from captioning.api import checkpoint_folder
-from captioning.checkpoint import load_checkpoint
+from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.data import CaptionData
 from captioning.evaluate import check_same_task
 from captioning.losses import by_word

@@ -12,17 +12,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.api import check_device, checkpoint_folder, search_config
-from captioning.checkpoint import Checkpoint, load_checkpoint
+from captioning.api import check_device, search_config
+from captioning.checkpoint import Checkpoint, checkpoint_folder
 from captioning.config import LOCATIONS, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
-from captioning.decoding import Hypothesis, search
+from captioning.decoding import Hypothesis
 from captioning.diagnosis import Diagnosis, diagnose, signal_to_noise
 from captioning.files import make_place
 from captioning.memory import keep_memory
@@ -32,6 +33,7 @@ from captioning.models.captioner import CaptioningModel
 from captioning.results import read_references, read_results, select_references, write_results
 from captioning.tokenization import detokenize
 from captioning.vocabulary import Vocabulary
+from captioning.voices import Ensemble, caption_images, load_ensemble
 
 _CUT = ("layer", "image_size", "resample")
 """What annotation vectors depend on beside the encoder's weights and the fit."""
@@ -46,7 +48,7 @@ class SplitCaption:
 
 
 def caption_split(
-    model: CaptioningModel,
+    models: CaptioningModel | Sequence[CaptioningModel],
     data: CaptionData,
     indices: Sequence[int],
     vocabulary: Vocabulary,
@@ -60,8 +62,8 @@ def caption_split(
     """Caption images of a data file.
 
     Args:
-        model: in evaluation mode, on `device`.
-        data: pixels of any size, or annotation vectors of this model's encoder.
+        models: in evaluation mode, on `device`; several speak with one voice.
+        data: pixels of any size, or annotation vectors of these models' encoder.
         indices: which images.
         vocabulary: the model's words (not the file's).
         config: the search.
@@ -72,18 +74,37 @@ def caption_split(
 
     Returns:
         The best caption of each image, by its name.
+
+    Raises:
+        ValueError: the search looks at mirrored images, and the file has annotation vectors without those.
     """
+    if config.mirror and data.kind == ANNOTATIONS and not data.mirrored:
+        raise ValueError(
+            f"{data.path}: holds no annotation vectors of mirrored images; make it with preprocess --mirror, or do "
+            "not look at them (--no-mirror)"
+        )
     generator = torch.Generator(device).manual_seed(seed)
-    resize = build_augmentation("none", model.encoder.image_size, model.encoder.resample)
     found: dict[str, SplitCaption] = {}
-    with torch.no_grad():
-        for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):
-            part = [int(i) for i in indices[start : start + batch_size]]
-            images = torch.stack([data.image(i) if data.kind == ANNOTATIONS else resize(data.image(i)) for i in part])
-            hypotheses = search(model.decoder, model.annotate(images.to(device)), config, generator=generator)
-            for i, best in zip(part, hypotheses, strict=True):
-                found[data.names[i]] = SplitCaption(detokenize(vocabulary.decode(best[0].ids)), best[0])
+    for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):
+        part = [int(i) for i in indices[start : start + batch_size]]
+        load = partial(_images, data, part, device)
+        hypotheses = caption_images(
+            [models] if isinstance(models, CaptioningModel) else models, load, config, generator=generator
+        )
+        for i, best in zip(part, hypotheses, strict=True):
+            found[data.names[i]] = SplitCaption(detokenize(vocabulary.decode(best[0].ids)), best[0])
     return found
+
+
+def _images(
+    data: CaptionData, indices: Sequence[int], device: str | torch.device, model: CaptioningModel, mirrored: bool
+) -> Tensor:
+    """Images of a data file as a model wants them."""
+    if data.kind == ANNOTATIONS:
+        return torch.stack([data.image(i, mirrored=mirrored) for i in indices]).to(device)
+    resize = build_augmentation("none", model.encoder.image_size, model.encoder.resample)
+    images = torch.stack([resize(data.image(i)) for i in indices]).to(device)
+    return images.flip(-1) if mirrored else images
 
 
 def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
@@ -136,7 +157,7 @@ def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, imag
 
 
 def evaluate(
-    checkpoint: Checkpoint,
+    captioner: Checkpoint | Ensemble,
     data: CaptionData,
     split: str,
     config: SearchConfig,
@@ -148,13 +169,15 @@ def evaluate(
     device: str = "cpu",
 ) -> tuple[dict[str, SplitCaption], Scores]:
     """Caption a split (its first `limit` images, 0: all) and score it."""
-    check_fits(checkpoint, data)
+    ensemble = Ensemble.of(captioner)
+    for member in ensemble.members:
+        check_fits(member, data)
     indices = data.indices(split).tolist()[: limit or None]
     found = caption_split(
-        checkpoint.model.to(device).eval(),
+        [model.to(device).eval() for model in ensemble.models],
         data,
         indices,
-        checkpoint.vocabulary,
+        ensemble.vocabulary,
         config,
         batch_size=batch_size,
         device=device,
@@ -179,6 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--max-length", type=int, default=own, help=said)
     ours.add_argument("--no-repeat-ngram", type=int, default=own, help=said)
     ours.add_argument("--location", choices=LOCATIONS, default=own, help="where hard attention looks")
+    ours.add_argument("--paths", type=int, default=own, help="of --location sample: the mean over so many")
+    ours.add_argument(
+        "--mirror", action=argparse.BooleanOptionalAction, default=own, help="look at the mirrored photos, too"
+    )
     ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
     ours.add_argument("--batch-size", type=int, default=32)
     ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -205,22 +232,7 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
     """The scores, what to say about how they came about, and what the attention does if that was asked."""
     metrics = (*DEFAULT_METRICS, "SPICE") if options.spice else DEFAULT_METRICS
     if options.results or options.references:
-        if not (options.results and options.references) or options.checkpoint or options.data:
-            raise ValueError("--results and --references go together, and without --checkpoint and --data")
-        if options.diagnose is not None:
-            raise ValueError("--diagnose needs --checkpoint and --data: captions alone have no attention")
-        ours = [name for name in ("output", "limit", "split") if getattr(options, name)]
-        ours += given(options, SearchConfig)
-        if ours:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in ours)
-            raise ValueError(f"{names}: has no meaning for captions that are there already (--results)")
-        results = read_results(Path(options.results))
-        references = select_references(results, read_references(Path(options.references)))
-        return (
-            score(results, references, tokenizer=options.tokenizer, metrics=metrics),
-            {"results": options.results},
-            None,
-        )
+        return _run_theirs(options, metrics), {"results": options.results}, None
     options.split = options.split or "val"
     if not (options.checkpoint and options.data):
         raise ValueError("give --checkpoint and --data, or --results and --references")
@@ -231,13 +243,15 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
     if options.diagnose is not None and (options.diagnose < 0 or options.diagnose == 1):
         raise ValueError(f"--diagnose must be 0 for all images, or at least 2 (got {options.diagnose})")
     options.device = str(check_device(options.device))
-    checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
-    config = search_config(checkpoint.search, **given(options, SearchConfig))
+    ensemble, data = load_ensemble(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
+    if options.diagnose is not None and ensemble.names:
+        raise ValueError(f"--diagnose: {options.checkpoint} is an ensemble; diagnose its members one by one")
+    config = search_config(ensemble.search, **given(options, SearchConfig))
     if options.output:
         make_place(Path(options.output), "--output")
     began = time.perf_counter()
     found, scores = evaluate(
-        checkpoint,
+        ensemble,
         data,
         options.split,
         config,
@@ -249,7 +263,7 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
     )
     if options.output:
         write_results(Path(options.output), {name: caption.text for name, caption in found.items()})
-    look = {"location": config.location} if is_hard(checkpoint.model) else {}
+    look = {"location": config.location} if any(is_hard(model) for model in ensemble.models) else {}
     about: dict[str, object] = {
         "checkpoint": options.checkpoint,
         "data": options.data,
@@ -260,7 +274,23 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagno
         "unfinished": sum(not caption.hypothesis.finished for caption in found.values()),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return scores, about, _diagnose(options, checkpoint, data, config.location)
+    return scores, about, _diagnose(options, ensemble.members[0], data, config.location)
+
+
+def _run_theirs(options: argparse.Namespace, metrics: Sequence[str]) -> Scores:
+    """The scores of captions that are there already."""
+    if not (options.results and options.references) or options.checkpoint or options.data:
+        raise ValueError("--results and --references go together, and without --checkpoint and --data")
+    if options.diagnose is not None:
+        raise ValueError("--diagnose needs --checkpoint and --data: captions alone have no attention")
+    ours = [name for name in ("output", "limit", "split") if getattr(options, name)]
+    ours += given(options, SearchConfig)
+    if ours:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in ours)
+        raise ValueError(f"{names}: has no meaning for captions that are there already (--results)")
+    results = read_results(Path(options.results))
+    references = select_references(results, read_references(Path(options.references)))
+    return score(results, references, tokenizer=options.tokenizer, metrics=metrics)
 
 
 def _diagnose(

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captioning.api import checkpoint_folder
-from captioning.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint
+from captioning.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_state, save_checkpoint
 from captioning.config import one_line
 from captioning.files import short_name
 

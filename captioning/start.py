@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from captioning.api import checkpoint_folder
-from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, load_state
+from captioning.checkpoint import Checkpoint, build_model, checkpoint_folder, load_checkpoint, load_state
 from captioning.config import EncoderConfig, Settings
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
 from captioning.evaluate import check_same_task

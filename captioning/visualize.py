@@ -91,11 +91,11 @@ def overlay(
     figure = Figure(figsize=layout.size, dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     axes = np.array([figure.add_axes(layout.place(index)) for index in range(len(scene.words) + 1)], dtype=object)
-    _draw_tile(axes[0], scene.photo, "photo", "", None)
+    _draw_tile(axes[0], scene.photo, "photo", "", ())
     axes[0].texts[0].set(color=_MUTED, fontweight="normal")
     tiles = zip(axes[1:], scene.maps, scene.words, scene.notes, scene.cells, strict=True)
-    for axis, indices, word, note, cell in tiles:
-        _draw_tile(axis, blend(scene.photo, indices), word, note, cell)
+    for axis, indices, word, note, cells in tiles:
+        _draw_tile(axis, blend(scene.photo, indices), word, note, cells)
     if title:
         left, top = layout.margin / layout.size[0], 1 - 0.16 / layout.size[1]
         text = figure.text(left, top, title, va="top", fontsize=12, color=_INK, parse_math=False)
@@ -115,7 +115,7 @@ def _arrange(scene: Scene, columns: int | None, title: str | None) -> _Layout:
     return _Layout(tile, columns, -(-count // columns), 0.26 if title else 0.0, 0.2 if any(scene.notes) else 0.0)
 
 
-def _draw_tile(axis: Axes, picture: np.ndarray, word: str, note: str, cell: Rect | None) -> None:
+def _draw_tile(axis: Axes, picture: np.ndarray, word: str, note: str, cells: Sequence[Rect]) -> None:
     height, width = picture.shape[:2]
     axis.imshow(picture, extent=(0, width, height, 0), interpolation="antialiased")
     axis.set_axis_off()
@@ -124,7 +124,7 @@ def _draw_tile(axis: Axes, picture: np.ndarray, word: str, note: str, cell: Rect
     _fit(label, axis.get_window_extent().width)
     if note:
         axis.annotate(note, (0, 0), (0, -4), fontsize=8, color=_MUTED, va="top", **common)
-    if cell is not None:
+    for cell in cells:
         corner, size = (cell.left, cell.top), (cell.right - cell.left, cell.bottom - cell.top)
         axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_ACCENT, linewidth=1.4))
 
@@ -194,9 +194,9 @@ def animation(
         longest_side=longest_side,
     )
     sentence = _Sentence(scene.words, max(240, scene.photo.shape[1]))
-    frames = [sentence.frame(scene.photo, 0, "", None)]
-    for index, (indices, note, cell) in enumerate(zip(scene.maps, scene.notes, scene.cells, strict=True)):
-        frames.append(sentence.frame(blend(scene.photo, indices), index + 1, note, cell))
+    frames = [sentence.frame(scene.photo, 0, "", ())]
+    for index, (indices, note, cells) in enumerate(zip(scene.maps, scene.notes, scene.cells, strict=True)):
+        frames.append(sentence.frame(blend(scene.photo, indices), index + 1, note, cells))
     return frames
 
 
@@ -217,14 +217,14 @@ class _Sentence:
             x += extent + 8
         self.height = int(y + 26 + 24)
 
-    def frame(self, picture: np.ndarray, shown: int, note: str, cell: Rect | None) -> Image.Image:
+    def frame(self, picture: np.ndarray, shown: int, note: str, cells: Sequence[Rect]) -> Image.Image:
         """One frame: the picture, the first `shown` words with the last one dark, and its note."""
         height, width = picture.shape[:2]
         frame = Image.new("RGB", (self.width, height + self.height), "white")
         offset = (self.width - width) // 2
         frame.paste(Image.fromarray(picture), (offset, 0))
         draw = ImageDraw.Draw(frame)
-        if cell is not None:
+        for cell in cells:
             left, top = cell.left + offset, cell.top
             edges = (left, top, max(left, cell.right + offset - 1), max(top, cell.bottom - 1))  # cells may be < 1 pixel
             draw.rectangle(edges, outline=_ACCENT, width=2)

@@ -9,7 +9,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from captioning.visualize_scene import LEVELS, Numbers, Scene, gradient, legend_ticks, palette, prepare
+from captioning.visualize_scene import LEVELS, Numbers, Rect, Scene, gradient, legend_ticks, palette, prepare
 
 _MAP_SIDE = 256
 """Maps are stored with this many pixels on the longer side; the browser enlarges them smoothly."""
@@ -124,7 +124,7 @@ def html(
     """
     scene = prepare(photo, words, alphas, box=box, betas=betas, log_probs=log_probs, locations=locations)
     height, width = scene.photo.shape[:2]
-    layers = [_map(scene, index) + _outline(scene, index) for index in range(len(scene.words))]
+    layers = [_map(scene, index) + _outlines(scene, index) for index in range(len(scene.words))]
     labels = [
         f'<label><input type="radio" name="word" data-note="{escape(_describe(scene, index))}">{escape(word)}</label>'
         for index, word in enumerate(scene.words)
@@ -133,7 +133,7 @@ def html(
     if scene.cropped:
         key += " Hatched: outside the network's view."
     if any(scene.cells):
-        key += " Outlined: the sampled location."
+        key += " Outlined: where hard attention looked."
     ticks = (f'<span style="left: {100 * at:.1f}%">{label}</span>' for label, at in legend_ticks(scene.maximum).items())
     return _PAGE.substitute(
         title=escape(title or " ".join(scene.words)),
@@ -165,10 +165,11 @@ def _map(scene: Scene, index: int) -> str:
     return f'<img class="map" data-word="{index}" src="{_data_uri(image, "PNG", transparency=opacity)}" alt="{alt}">'
 
 
-def _outline(scene: Scene, index: int) -> str:
-    cell = scene.cells[index]
-    if cell is None:
-        return ""
+def _outlines(scene: Scene, index: int) -> str:
+    return "".join(_outline(scene, index, cell) for cell in scene.cells[index])
+
+
+def _outline(scene: Scene, index: int, cell: Rect) -> str:
     height, width = scene.photo.shape[:2]
     left, top = 100 * cell.left / width, 100 * cell.top / height
     across, down = 100 * (cell.right - cell.left) / width, 100 * (cell.bottom - cell.top) / height

@@ -51,7 +51,7 @@ class Scene:
         maps: uint8 (T, H, W), indices into `palette()`.
         notes: per word its gate and probability in print, or an empty string.
         peaks: per word the largest attention drawn, in multiples of uniform.
-        cells: per word the sampled cell in the photo's pixels (hard attention), or None.
+        cells: per word the cells that hard attention looked at, in the photo's pixels.
         maximum: the multiple of uniform at the top of the colour scale.
         cropped: whether a part of the photo is hatched.
     """
@@ -61,7 +61,7 @@ class Scene:
     maps: np.ndarray
     notes: tuple[str, ...]
     peaks: tuple[float, ...]
-    cells: tuple[Rect | None, ...]
+    cells: tuple[tuple[Rect, ...], ...]
     maximum: float
     cropped: bool
 
@@ -187,7 +187,7 @@ def prepare(
         box: (left, top, right, bottom) in the photo's pixels that the network saw; None: all of it.
         betas: (T,) gates, printed beside the words.
         log_probs: (T,) natural logarithms, printed as probabilities.
-        locations: (T,) the cells that hard attention looked at, counted row by row; outlined.
+        locations: (T,) or (T, G), the cells that hard attention looked at, counted row by row; outlined.
         longest_side: larger photos are shrunk to this many pixels.
 
     Raises:
@@ -198,7 +198,7 @@ def prepare(
     rect = _checked_box((0, 0, width, height) if box is None else box, (height, width))
     gates = _checked_list("betas", betas, len(words))
     scores = _checked_list("log_probs", log_probs, len(words))
-    cells = _checked_list("locations", locations, len(words), below=alphas[0].size)
+    cells = _checked_cells(locations, len(words), alphas[0].size)
 
     photo, rect = _shrunk(photo, rect, longest_side)
     density = place(alphas, rect, photo.shape[:2])
@@ -210,7 +210,7 @@ def prepare(
         maps=paint(density, maximum),
         notes=tuple(_note(beta, log_prob) for beta, log_prob in zip(gates, scores, strict=True)),
         peaks=tuple(peaks.tolist()),
-        cells=tuple(None if cell is None else _cell_rect(int(cell), alphas.shape[1:], rect) for cell in cells),
+        cells=tuple(tuple(_cell_rect(cell, alphas.shape[1:], rect) for cell in looked) for looked in cells),
         maximum=maximum,
         cropped=bool(np.isnan(density[0]).any()),
     )
@@ -275,13 +275,23 @@ def _checked_box(box: Numbers, photo_size: tuple[int, int]) -> Rect:
     return Rect(*edges.tolist())
 
 
-def _checked_list(name: str, values: Numbers | None, count: int, *, below: int | None = None) -> list[Any]:
-    """One number per word, or as many None; with `below`, whole numbers from 0 to below that."""
+def _checked_list(name: str, values: Numbers | None, count: int) -> list[Any]:
+    """One number per word, or as many None."""
     if values is None:
         return [None] * count
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (count,) or not np.isfinite(array).all():
         raise ValueError(f"{name} must be one finite number per word, shape ({count},), got {values!r}")
-    if below is not None and not ((array >= 0) & (array < below) & (array % 1 == 0)).all():
-        raise ValueError(f"{name} must be whole numbers from 0 to {below - 1}, got {array.tolist()}")
     return array.tolist()
+
+
+def _checked_cells(locations: Numbers | None, count: int, below: int) -> list[list[int]]:
+    """The different cells of each word, from one or several per word; none without locations."""
+    if locations is None:
+        return [[] for _ in range(count)]
+    array = np.asarray(locations, dtype=np.float64)
+    if array.ndim not in (1, 2) or len(array) != count:
+        raise ValueError(f"locations must have shape ({count},) or ({count}, G), got {array.shape}")
+    if not ((array >= 0) & (array < below) & (array % 1 == 0)).all():
+        raise ValueError(f"locations must be whole numbers from 0 to {below - 1}, got {array.tolist()}")
+    return [np.unique(row).astype(int).tolist() for row in array]

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captioning.api import checkpoint_folder
-from captioning.checkpoint import load_checkpoint
+from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.config import EncoderConfig, given, one_line
 from captioning.files import make_place, short_name
 from captioning.memory import keep_memory

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from captioning.api import checkpoint_folder
-from captioning.checkpoint import load_checkpoint, read_json
+from captioning.checkpoint import checkpoint_folder, load_checkpoint, read_json
 from captioning.config import LOCATIONS, SearchConfig
 from captioning.data import SPLITS, CaptionData
 from captioning.evaluate import SplitCaption, caption_split, check_fits
@@ -82,8 +81,8 @@ def check(captions: dict[str, SplitCaption], grid: tuple[int, int], instances: d
             mask = np.any([masks[images[name]["id"]][thing] for thing in mention.things], axis=0)
             alpha = alphas[mention.word].float().cpu().numpy().reshape(grid)
             places = caption.hypothesis.locations
-            place = int(alpha.argmax()) if places is None else int(places[mention.word])
-            looks.append((*mass_and_area(alpha, mask), _touches(place, grid, mask)))
+            for place in [alpha.argmax()] if places is None else places[mention.word]:
+                looks.append((*mass_and_area(alpha, mask), _touches(int(place), grid, mask)))
     mass, area, hits = np.mean(looks, axis=0).tolist() if looks else (None, None, None)
     return Report(len(captions), parsed, true, len(looks), mass, area, hits)
 

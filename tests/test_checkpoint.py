@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from captioning import load_captioner
-from captioning.api import checkpoint_folder
 from captioning.checkpoint import (
     Checkpoint,
     TrainingState,
     build_model,
+    checkpoint_folder,
     load_checkpoint,
     recover_folder,
     save_checkpoint,
@@ -297,14 +297,14 @@ def test_a_run_folder_means_its_best_checkpoint(folder):
 def test_an_unknown_checkpoint_names_the_pretrained_ones(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / "pretrained" / name).mkdir(parents=True)
-    monkeypatch.setattr("captioning.api.PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr("captioning.checkpoint.PRETRAINED", tmp_path / "pretrained")
     with pytest.raises(FileNotFoundError, match="nothing: no checkpoint folder, nor one of the pretrained: one, two"):
         load_captioner("nothing")
 
 
 def test_a_pretrained_checkpoint_goes_by_its_name(folder, monkeypatch):
-    monkeypatch.setattr("captioning.api.PRETRAINED", folder.parent)
-    assert load_captioner("best").checkpoint.decoder == load_checkpoint(folder).decoder
+    monkeypatch.setattr("captioning.checkpoint.PRETRAINED", folder.parent)
+    assert load_captioner("best").ensemble.members[0].decoder == load_checkpoint(folder).decoder
 
 
 def test_dot_alignment_of_unequal_sizes_cannot_be_built(tiny_checkpoint):

@@ -182,7 +182,7 @@ def test_every_search_carries_the_locations_of_its_hypotheses(location, options)
             assert log_p.tolist() == pytest.approx(list(hypothesis.log_probs))  # so it is this path, in this order
             torch.testing.assert_close(output.alphas[0, 0], hypothesis.alphas)
             if location == "argmax":
-                assert torch.equal(hypothesis.locations, hypothesis.alphas.argmax(dim=-1))
+                assert torch.equal(hypothesis.locations, hypothesis.alphas.argmax(dim=-1, keepdim=True))
 
 
 def test_decoding_with_the_mean_context_is_decoding_softly():

@@ -23,7 +23,7 @@ def caption(text: str, alpha: list[float], location: int | None = None) -> dict[
         log_probs=(0.0,) * words,
         alphas=torch.tensor(alpha).expand(words, 4),
         betas=None,
-        locations=None if location is None else torch.full((words,), location),
+        locations=None if location is None else torch.full((words, 1), location),
         finished=True,
         score=0.0,
     )

@@ -61,8 +61,8 @@ class Decoder(nn.Module):
 
     attends = True
 
-    def prepare(self, a: Float[Tensor, "N L D"]) -> Any:
-        """Everything that depends on the image alone, computed once per image."""
+    def prepare(self, a: Any) -> Any:
+        """Everything that depends on the image alone, once per image, of a (N, L, D); an `Ensemble` has several."""
         raise TypeError(f"{type(self).__name__} must define prepare")
 
     def initial_state(self, memory: Any, rows_per_image: int = 1) -> Any:

@@ -1,0 +1,124 @@
+"""Several checkpoints that caption with one voice: what an ensemble is, its folder, and how it looks at images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from captioning.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    ensemble_members,
+    fresh_folder,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+    write_json,
+)
+from captioning.config import SearchConfig, from_dict, to_dict
+from captioning.decoding import Hypothesis, search
+from captioning.models.captioner import CaptioningModel
+from captioning.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Checkpoints that caption with one voice, the mean of their probabilities at every word; or one alone.
+
+    On the disk it is a folder with one checkpoint folder per member and a config.json that names them.
+
+    Args:
+        members: at least one, all with the words and the fit of the first.
+        search: how they caption unless told otherwise.
+        names: of several members.
+
+    Raises:
+        ValueError: members that cannot speak with one voice.
+    """
+
+    members: tuple[Checkpoint, ...]
+    search: SearchConfig
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        first, *others = self.members
+        for name, other in zip(self.names[1:], others, strict=True):
+            if other.vocabulary != first.vocabulary:
+                raise ValueError(f"{name}: its vocabulary is not that of {self.names[0]}")
+            if other.encoder.fit != first.encoder.fit:
+                raise ValueError(
+                    f"{name}: made photos square with fit {other.encoder.fit}, {self.names[0]} with {first.encoder.fit}"
+                )
+
+    @classmethod
+    def of(cls, found: "Checkpoint | Ensemble") -> "Ensemble":
+        """The same, a checkpoint as an ensemble of one."""
+        return cls((found,), found.search) if isinstance(found, Checkpoint) else found
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of all members."""
+        return self.members[0].vocabulary
+
+    @property
+    def models(self) -> list[CaptioningModel]:
+        """The networks."""
+        return [member.model for member in self.members]
+
+
+def save_ensemble(folder: Path, ensemble: Ensemble, *, half: bool = False) -> None:
+    """Write an ensemble's folder, or replace an older one in one step; `half` as for `save_checkpoint`."""
+    with fresh_folder(folder) as new:
+        for name, member in zip(ensemble.names, ensemble.members, strict=True):
+            save_checkpoint(new / name, member, half=half)
+        config = {"format": FORMAT, "members": list(ensemble.names), "search": to_dict(ensemble.search)}
+        write_json(new / "config.json", config)
+
+
+def load_ensemble(folder: str | Path) -> Ensemble:
+    """Read the folder of an ensemble, or of one checkpoint as an ensemble of one.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`; members that cannot speak with one voice.
+    """
+    folder = Path(folder)
+    names = ensemble_members(folder)
+    if not names:
+        return Ensemble.of(load_checkpoint(folder))
+    path = folder / "config.json"
+    search = from_dict(SearchConfig, read_json(path).get("search", {}), f"{path}: search")
+    members = tuple(load_checkpoint(folder / name) for name in names)
+    try:
+        return Ensemble(members, search, names)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def caption_images(
+    models: Sequence[CaptioningModel],
+    load: Callable[[CaptioningModel, bool], Tensor],
+    config: SearchConfig,
+    *,
+    generator: torch.Generator | None = None,
+) -> list[list[Hypothesis]]:
+    """Caption N images with one model, or with several that speak with one voice.
+
+    Args:
+        models: in evaluation mode, with one vocabulary.
+        load: the images as a model wants them (`CaptioningModel.annotate`); mirrored, if the second argument is true.
+        config: how; with `mirror`, each model looks at the mirrored images, too.
+        generator: as for `search`.
+
+    Returns:
+        As `search`; where a mirrored image was looked at is told in places of the image itself.
+    """
+    decoders, views = [], []
+    with torch.no_grad():
+        for model in models:
+            for mirrored in (False, True) if config.mirror else (False,):
+                a = model.annotate(load(model, mirrored))
+                decoders.append(model.decoder)
+                views.append(a.unflatten(1, model.encoder.grid).flip(2).flatten(1, 2) if mirrored else a)
+    return search(decoders, views, config, generator=generator)
