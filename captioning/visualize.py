@@ -22,7 +22,18 @@ from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 
 from captioning.visualize_html import html
-from captioning.visualize_scene import Numbers, Rect, Scene, blend, gradient, legend_ticks, place, prepare, upsample
+from captioning.visualize_scene import (
+    Cells,
+    Numbers,
+    Rect,
+    Scene,
+    blend,
+    gradient,
+    legend_ticks,
+    place,
+    prepare,
+    upsample,
+)
 
 __all__ = ["animation", "html", "overlay", "place", "save_gif", "upsample"]
 
@@ -69,7 +80,7 @@ def overlay(
     box: Numbers | None = None,
     betas: Numbers | None = None,
     log_probs: Numbers | None = None,
-    locations: Numbers | None = None,
+    locations: Cells | None = None,
     columns: int | None = None,
     title: str | None = None,
 ) -> tuple[Figure, np.ndarray]:
@@ -173,7 +184,7 @@ def animation(
     box: Numbers | None = None,
     betas: Numbers | None = None,
     log_probs: Numbers | None = None,
-    locations: Numbers | None = None,
+    locations: Cells | None = None,
     longest_side: int = 480,
 ) -> list[Image.Image]:
     """Draw T + 1 frames of one size: the plain photo, then each word's attention with the sentence growing below.

@@ -9,7 +9,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from captioning.visualize_scene import LEVELS, Numbers, Rect, Scene, gradient, legend_ticks, palette, prepare
+from captioning.visualize_scene import LEVELS, Cells, Numbers, Rect, Scene, gradient, legend_ticks, palette, prepare
 
 _MAP_SIDE = 256
 """Maps are stored with this many pixels on the longer side; the browser enlarges them smoothly."""
@@ -112,7 +112,7 @@ def html(
     box: Numbers | None = None,
     betas: Numbers | None = None,
     log_probs: Numbers | None = None,
-    locations: Numbers | None = None,
+    locations: Cells | None = None,
     title: str | None = None,
 ) -> str:
     """Write a page on which pointing at a word, clicking it or an arrow key shows its attention on the photo.

@@ -30,6 +30,7 @@ _HATCHING = ((128, 130, 136, 0.84), (186, 188, 194, 0.84))
 
 
 Numbers = Sequence[SupportsFloat] | np.ndarray
+Cells = Sequence[SupportsFloat] | Sequence[Sequence[SupportsFloat]] | np.ndarray
 
 
 class Rect(NamedTuple):
@@ -175,7 +176,7 @@ def prepare(
     box: Numbers | None = None,
     betas: Numbers | None = None,
     log_probs: Numbers | None = None,
-    locations: Numbers | None = None,
+    locations: Cells | None = None,
     longest_side: int = LONGEST_SIDE,
 ) -> Scene:
     """Check the arguments of `overlay`, `animation` and `html`, shrink the photo and paint the maps.
@@ -285,7 +286,7 @@ def _checked_list(name: str, values: Numbers | None, count: int) -> list[Any]:
     return array.tolist()
 
 
-def _checked_cells(locations: Numbers | None, count: int, below: int) -> list[list[int]]:
+def _checked_cells(locations: Cells | None, count: int, below: int) -> list[list[int]]:
     """The different cells of each word, from one or several per word; none without locations."""
     if locations is None:
         return [[] for _ in range(count)]

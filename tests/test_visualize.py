@@ -209,6 +209,19 @@ def test_the_sampled_cell_of_hard_attention_is_outlined():
     assert (*outline.get_xy(), outline.get_width(), outline.get_height()) == (75.0, 50.0, 25.0, 25.0)
 
 
+def test_where_several_looked_every_cell_is_outlined_once():
+    photo, maps, looked = made_photo(200, 100), np.full((2, 4, 4), 1 / 16), [[9, 2, 9], [0, 0, 0]]
+    _, axes = overlay(photo, ["x", "y"], maps, locations=looked)
+    assert [sorted(patch.get_xy() for patch in axis.patches) for axis in axes[1:]] == [[(50, 50), (100, 0)], [(0, 0)]]
+    page = Page(html(photo, ["x", "y"], maps, locations=looked))
+    cells = [attributes["data-word"] for _, attributes in page.tags if attributes.get("class") == "cell"]
+    assert cells == ["0", "0", "1"]
+    plain, drawn = (np.asarray(animation(photo, ["x", "y"], maps, locations=each)[1]) for each in (None, looked))
+    changed = np.nonzero((plain != drawn).any(-1)[:100].any(0))[0]
+    shift = (drawn.shape[1] - 200) // 2
+    assert (changed.min() - shift, changed.max() - shift) == (50, 149)
+
+
 def test_columns_are_obeyed():
     _, axes = overlay(made_photo(60, 40), WORDS, some_maps(), columns=4)
     assert len({round(axis.get_position().y0, 6) for axis in axes}) == 1
@@ -341,6 +354,9 @@ def test_a_model_without_attention_has_nothing_to_overlay():
         ({"betas": [0.5]}, r"betas must be one finite number per word, shape \(3,\)"),
         ({"log_probs": [0.0, -1.0, float("nan")]}, "log_probs must be one finite number"),
         ({"locations": [0, 1, 49]}, "locations must be whole numbers from 0 to 48"),
+        ({"locations": [[0, 1], [1, 49], [2, 2]]}, "locations must be whole numbers from 0 to 48"),
+        ({"locations": [0, 1]}, r"locations must have shape \(3,\) or \(3, G\), got \(2,\)"),
+        ({"locations": np.zeros((3, 1, 1))}, r"locations must have shape .* got \(3, 1, 1\)"),
         ({"locations": [0, 1, 1.5]}, "locations must be whole numbers from 0 to 48"),
         ({"columns": 0}, "columns must be at least 1, got 0"),
     ],
