@@ -237,6 +237,8 @@ def search_config(own: SearchConfig, **options: int | float | bool | str) -> Sea
     strange = [name for name in drawn if options.get(name, getattr(SearchConfig, name)) != getattr(SearchConfig, name)]
     if strange and not options.get("sample", own.sample):
         raise ValueError(f"{', '.join(strange)}: only captions that are drawn have it; set sample too (--sample)")
+    if options.get("location", own.location) != "sample":
+        options = {"paths": 1, **options}  # others than samples take the same path each time
     return dataclasses.replace(SearchConfig() if options.get("sample") else own, **options)  # type: ignore[arg-type]
 
 

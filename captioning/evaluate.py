@@ -78,11 +78,7 @@ def caption_split(
     Raises:
         ValueError: the search looks at mirrored images, and the file has annotation vectors without those.
     """
-    if config.mirror and data.kind == ANNOTATIONS and not data.mirrored:
-        raise ValueError(
-            f"{data.path}: holds no annotation vectors of mirrored images; make it with preprocess --mirror, or do "
-            "not look at them (--no-mirror)"
-        )
+    check_views(data, config)
     generator = torch.Generator(device).manual_seed(seed)
     found: dict[str, SplitCaption] = {}
     for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):
@@ -94,6 +90,19 @@ def caption_split(
         for i, best in zip(part, hypotheses, strict=True):
             found[data.names[i]] = SplitCaption(detokenize(vocabulary.decode(best[0].ids)), best[0])
     return found
+
+
+def check_views(data: CaptionData, config: SearchConfig) -> None:
+    """What a search looks at must be in the file.
+
+    Raises:
+        ValueError: it looks at mirrored images, and the file has annotation vectors, but none of those.
+    """
+    if config.mirror and data.kind == ANNOTATIONS and not data.mirrored:
+        raise ValueError(
+            f"{data.path}: holds no annotation vectors of mirrored images; make it with preprocess --mirror, or do "
+            "not look at them (--no-mirror; in training --validation.search.mirror false)"
+        )
 
 
 def _images(

@@ -5,7 +5,7 @@ import dataclasses
 from captioning.checkpoint import Checkpoint, build_model, checkpoint_folder, load_checkpoint, load_state
 from captioning.config import EncoderConfig, Settings
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
-from captioning.evaluate import check_same_task
+from captioning.evaluate import check_same_task, check_views
 from captioning.models.captioner import CaptioningModel
 from captioning.reward_baselines import BASELINES, Baseline
 
@@ -94,6 +94,7 @@ def check_validation(settings: Settings, data: CaptionData) -> None:
         ValueError: no images, or a search that the model cannot make.
     """
     data.indices(settings.validation.split)
+    check_views(data, settings.validation.search)
     location = settings.validation.search.location
     if location != "argmax" and settings.decoder.attention != "hard":
         raise ValueError(f"validation.search.location={location!r} needs decoder.attention='hard'")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from captioning import load_captioner
+from captioning.api import search_config
 from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from captioning.config import DecoderConfig, SearchConfig
 from captioning.data import CaptionData
@@ -119,6 +120,14 @@ def test_paths_that_cannot_differ_are_refused(location):
         SearchConfig(location=location, paths=2)
     with pytest.raises(ValueError, match="paths must be positive"):
         SearchConfig(paths=0)
+
+
+def test_a_checkpoint_that_draws_paths_may_be_asked_for_another_location():
+    own = SearchConfig(location="sample", paths=5)
+    assert search_config(own, location="argmax") == SearchConfig()
+    assert search_config(own, beam_size=3).paths == 5
+    with pytest.raises(ValueError, match="paths=5 needs location='sample'"):
+        search_config(SearchConfig(), paths=5)
 
 
 # Grids

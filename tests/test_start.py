@@ -31,6 +31,13 @@ def test_a_validation_that_the_model_cannot_make_is_refused_at_once(tiny_data, t
         start(tiny_settings(tiny_data, tmp_path / "run", validation=validation))
 
 
+def test_a_validation_with_mirrored_images_needs_their_vectors(tiny_annotations, tmp_path):
+    validation = ValidationConfig(search=SearchConfig(mirror=True))
+    with pytest.raises(ValueError, match="holds no annotation vectors of mirrored images"):
+        start(tiny_settings(tiny_annotations, tmp_path / "run", augment="none", validation=validation))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_goes_on_with_its_own_words_only(tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path / "run")
     train_interrupted(settings, 2)
