@@ -230,7 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     theirs = parser.add_argument_group("anyone's captions")
     theirs.add_argument("--results", help="captions in COCO's results format")
     theirs.add_argument(
-        "--references", help="COCO captions JSON, Karpathy JSON, Flickr token file, or {id: [captions]}"
+        "--references",
+        help="COCO captions JSON, Karpathy JSON, Flickr token file, {id: [captions]}, or an HDF5 file of preprocess",
     )
     parser.add_argument("--tokenizer", choices=("auto", "ptb", "python"), default="auto")
     parser.add_argument("--spice", action="store_true", help="SPICE too (Java; downloads its models when first used)")
@@ -298,8 +299,16 @@ def _run_theirs(options: argparse.Namespace, metrics: Sequence[str]) -> Scores:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in ours)
         raise ValueError(f"{names}: has no meaning for captions that are there already (--results)")
     results = read_results(Path(options.results))
-    references = select_references(results, read_references(Path(options.references)))
+    references = select_references(results, _references(Path(options.references)))
     return score(results, references, tokenizer=options.tokenizer, metrics=metrics)
+
+
+def _references(path: Path) -> Mapping[str, Sequence[str]]:
+    """References by image, of a file of captions or of a data file."""
+    if path.suffix not in (".h5", ".hdf5"):
+        return read_references(path)
+    data = CaptionData(path)
+    return {name: data.references(i) for i, name in enumerate(data.names)}
 
 
 def _diagnose(

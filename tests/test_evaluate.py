@@ -83,6 +83,18 @@ def test_results_scored_again_give_the_same_numbers(call, tiny_checkpoint, tiny_
 
 
 @pytest.mark.usefixtures("no_java")
+def test_a_data_file_is_a_file_of_references(call, tiny_data, references, tmp_path):
+    truth = json.loads(references.read_text())
+    (tmp_path / "r.json").write_text(json.dumps([{"image_id": key, "caption": truth[key][0]} for key in truth]))
+    options = ["--results", tmp_path / "r.json", "--tokenizer", "python", "--references"]
+    assert call(*options, tiny_data)[1][:-1] == call(*options, references)[1][:-1]
+    (tmp_path / "no.h5").write_text("no")
+    code, _, err = call(*options, tmp_path / "no.h5")
+    assert (code, len(err)) == (2, 1)
+    assert str(tmp_path / "no.h5") in err[0]
+
+
+@pytest.mark.usefixtures("no_java")
 def test_perfect_captions_score_one(call, references, tmp_path):
     truth = json.loads(references.read_text())
     (tmp_path / "r.json").write_text(json.dumps([{"image_id": key, "caption": truth[key][0]} for key in truth]))
