@@ -14,7 +14,7 @@ demo: $(VENV)/.demo  ## caption a photo: make demo, or make demo IMAGE=my.jpg
 	@photo="$(IMAGE)"; \
 	[ -n "$$photo" ] || photo=$$($(BIN)/python -c "import matplotlib.cbook as c; print(c.get_sample_data('grace_hopper.jpg', asfileobj=False))"); \
 	$(BIN)/python caption.py "$$photo" --checkpoint "$(CHECKPOINT)" --overlay "$(OUT)" --words
-	@echo "soft attention: CHECKPOINT=flickr8k-soft; hard attention, one cell per word: make demo CHECKPOINT=flickr8k-hard"
+	@echo "soft attention: CHECKPOINT=flickr8k-soft; hard attention, one cell per word and view: make demo CHECKPOINT=flickr8k-hard"
 
 test: $(VENV)/.dev lint types  ## lint, types and every test, JOBS at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal

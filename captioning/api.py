@@ -107,8 +107,8 @@ class Captioner:
     ):
         self.ensemble = Ensemble.of(checkpoint)
         self.device = check_device(device)
+        show_head(torch.nn.ModuleList(self.ensemble.models), head)
         for model in self.ensemble.models:
-            show_head(model.decoder, head)
             model.to(self.device).eval()
 
     @property
@@ -132,7 +132,7 @@ class Captioner:
             seed: of sampled words (`sample=True`) and sampled locations (`location="sample"`).
             options: fields of `SearchConfig`: beam_size=5, num_captions=1, max_length=30, sample=True,
                 location="argmax" (or "sample", "expected": where hard attention looks), mirror=True, ... What is not
-                given is as the checkpoint has it (`checkpoint.search`).
+                given is as the checkpoint has it (`ensemble.search`).
 
         Returns:
             One Caption per image, in order; further ones of an image in its `alternatives`.

@@ -173,8 +173,11 @@ def run_system(system: System, *, minutes: float, split: str, search: SearchConf
     result = system.folder / "result.json"
     settings = within_budget(system, minutes)
     asked = {"split": split, "search": to_dict(search), "limit": limit}
-    if result.is_file() and (known := read_json(result))["asked"] == asked:
-        return Row(system.name, str(settings.seed), known["values"])
+    if result.is_file():
+        known = read_json(result)
+        known["asked"]["search"] = to_dict(from_dict(SearchConfig, known["asked"]["search"], f"{result}: search"))
+        if known["asked"] == asked:
+            return Row(system.name, str(settings.seed), known["values"])
     run = Path(settings.output)
     resume = (run / "last").exists() or (run / "last.old").exists()
     best = train(dataclasses.replace(settings, resume=resume))

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from captioning.checks import fraction, not_negative, positive, unread
+from captioning.checks import at_most, fraction, not_negative, positive, unread
 from captioning.model_config import DecoderConfig, EncoderConfig, RegionEncoderConfig
 
 Location = Literal["argmax", "sample", "expected"]
@@ -151,6 +151,10 @@ class SelfCriticalConfig:
             raise ValueError(f"samples must be at least 2, to be compared with each other (got {self.samples})")
 
 
+MAX_BEAM = 1000
+"""Most hypotheses, captions and paths of an image."""
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """How a caption is searched.
@@ -186,6 +190,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         positive(self, "beam_size", "max_length", "num_captions", "temperature", "paths")
+        at_most(self, MAX_BEAM, "beam_size", "num_captions", "paths")
         not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1] (got {self.top_p})")

@@ -29,7 +29,10 @@ def build_ensemble(members: Sequence[str], *, mirror: bool = False) -> Ensemble:
     """
     if not 2 <= len(members) <= MAX_MEMBERS:
         raise ValueError(f"an ensemble has 2 to {MAX_MEMBERS} members (got {len(members)})")
-    pairs = [member.split("=", 1) if "=" in member else (str(i), member) for i, member in enumerate(members, 1)]
+    pairs = [
+        (str(i), member) if "=" not in member or Path(member).exists() else member.split("=", 1)
+        for i, member in enumerate(members, 1)
+    ]
     names = tuple(member_name(name) for name, _ in pairs)
     if len(set(names)) < len(names):
         raise ValueError(f"each member needs a name of its own (got {', '.join(names)})")

@@ -74,6 +74,10 @@ def make_folder(path: Path, option: str) -> None:
 
 
 def short_name(path: str | Path) -> str:
-    """A file's or folder's name, for what travels and must not say where it lay; with its run's, for a run's best."""
+    """A file's or folder's name, for what travels and must not say where it lay.
+
+    It is the last two names for a run's best, and for a member of an ensemble, be that a folder or a pretrained one.
+    """
     path = Path(path)
-    return "/".join(path.parts[-2:]) if path.name in ("best", "last") else path.name
+    member = (path.parent / "config.json").is_file() or not (path.is_absolute() or path.exists())
+    return "/".join(path.parts[-2:]) if member or path.name in ("best", "last") else path.name

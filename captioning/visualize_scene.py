@@ -290,7 +290,10 @@ def _checked_cells(locations: Cells | None, count: int, below: int) -> list[list
     """The different cells of each word, from one or several per word; none without locations."""
     if locations is None:
         return [[] for _ in range(count)]
-    array = np.asarray(locations, dtype=np.float64)
+    try:
+        array = np.asarray(locations, dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"locations must be one number per word, or equally many: {error}") from error
     if array.ndim not in (1, 2) or len(array) != count:
         raise ValueError(f"locations must have shape ({count},) or ({count}, G), got {array.shape}")
     if not ((array >= 0) & (array < below) & (array % 1 == 0)).all():

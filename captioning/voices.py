@@ -43,6 +43,9 @@ class Ensemble:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        count = len(self.members)
+        if not count or (len(self.names) != count and (self.names or count > 1)):
+            raise ValueError(f"several members need as many names, one alone none (got {count} and {len(self.names)})")
         first, *others = self.members
         for name, other in zip(self.names[1:], others, strict=True):
             if other.vocabulary != first.vocabulary:
@@ -119,6 +122,8 @@ def caption_images(
         for model in models:
             for mirrored in (False, True) if config.mirror else (False,):
                 a = model.annotate(load(model, mirrored))
+                if mirrored and model.decoder.attends:  # whose alphas these will be
+                    a = a.unflatten(1, model.encoder.grid).flip(2).flatten(1, 2)
                 decoders.append(model.decoder)
-                views.append(a.unflatten(1, model.encoder.grid).flip(2).flatten(1, 2) if mirrored else a)
+                views.append(a)
     return search(decoders, views, config, generator=generator)

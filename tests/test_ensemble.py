@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+import shutil
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -12,17 +14,20 @@ from PIL import Image
 from captioning import load_captioner
 from captioning.api import search_config
 from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
-from captioning.config import DecoderConfig, SearchConfig
-from captioning.data import CaptionData
+from captioning.config import DecoderConfig, RegionEncoderConfig, SearchConfig
+from captioning.data import MIRRORED, CaptionData
 from captioning.decoding import search
 from captioning.ensemble import main
 from captioning.evaluate import caption_split, evaluate
 from captioning.evaluate import main as evaluate_main
+from captioning.files import short_name
+from captioning.images import to_square
 from captioning.models.attention import Look, looking
 from captioning.models.ensemble import Ensemble, refine, refine_location
 from captioning.models.registry import build_decoder
 from captioning.vocabulary import START, Vocabulary
-from captioning.voices import load_ensemble
+from captioning.voices import Ensemble as Voices
+from captioning.voices import caption_images, load_ensemble
 from tests.conftest import TINY_DECODER, TINY_ENCODER, _make_talkative
 
 L, D, V = 4, 6, 11
@@ -122,6 +127,12 @@ def test_paths_that_cannot_differ_are_refused(location):
         SearchConfig(paths=0)
 
 
+@pytest.mark.parametrize("name", ["paths", "beam_size", "num_captions"])
+def test_what_would_fill_all_memory_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} must be at most 1000 \(got {10**12}\)"):
+        SearchConfig(**{"location": "sample", "beam_size": 1000, name: 10**12})
+
+
 def test_a_checkpoint_that_draws_paths_may_be_asked_for_another_location():
     own = SearchConfig(location="sample", paths=5)
     assert search_config(own, location="argmax") == SearchConfig()
@@ -185,6 +196,65 @@ def test_with_mirror_a_photo_and_its_mirror_image_are_the_same(tiny_checkpoint, 
     assert plain[0].log_probs != pytest.approx(plain[1].log_probs, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("decoder", "regions"),
+    [
+        ({"attention": "hard"}, {}),
+        (
+            {"name": "luong", "input_feeding": True},
+            {"name": "self_attention", "positions": "learned", "dim": 12, "heads": 2},
+        ),
+        ({"attention": "multi_head", "heads": 2}, {"name": "lstm", "dim": 12}),
+        ({"name": "transformer", "heads": 2, "layers": 1, "hidden_dim": 12}, {}),
+        ({"name": "lstm", "inject": "each_step", "context": "mean"}, {"name": "lstm", "dim": 12}),
+        ({"name": "lstm", "inject": "init", "context": "last"}, {"name": "lstm", "dim": 12}),
+        ({"name": "lstm", "inject": "each_step", "context": "last"}, {"name": "lstm", "dim": 12}),
+    ],
+)
+def test_every_decoder_says_the_same_of_both(decoder, regions, tiny_data):
+    torch.manual_seed(0)
+    data = CaptionData(tiny_data)
+    config = dataclasses.replace(TINY_DECODER, **decoder)
+    between = RegionEncoderConfig(**regions)
+    model, _ = build_model(TINY_ENCODER, config, len(data.vocabulary), region_encoder=between)
+    model.eval()
+    with torch.no_grad():
+        for weight in model.decoder.parameters():
+            weight.mul_(3)
+    pixels = torch.stack([data.image(i) for i in range(4)])
+    search = SearchConfig(beam_size=2, max_length=4, mirror=True)
+    for one, other in zip(
+        caption_images([model], lambda _, mirrored: pixels.flip(-1) if mirrored else pixels, search),
+        caption_images([model], lambda _, mirrored: pixels if mirrored else pixels.flip(-1), search),
+        strict=True,
+    ):
+        assert one[0].ids == other[0].ids
+        assert one[0].log_probs == pytest.approx(other[0].log_probs, abs=1e-3)
+        if one[0].alphas is not None:
+            mirrored = other[0].alphas.unflatten(1, (4, 4)).flip(2).flatten(1)
+            torch.testing.assert_close(one[0].alphas, mirrored, atol=1e-4, rtol=1e-3)
+
+
+def test_a_stored_split_is_mirrored_as_its_pixels_are(tiny_checkpoint, tiny_data, tiny_annotations, tmp_path):
+    checkpoint, data = load_checkpoint(tiny_checkpoint), CaptionData(tiny_data)
+    shutil.copy(tiny_annotations, tmp_path / "both.h5")
+    with h5py.File(tmp_path / "both.h5", "r+") as file, torch.no_grad():
+        pixels = torch.stack([data.image(i) for i in range(len(data.names))]).flip(-1)
+        file[MIRRORED] = checkpoint.model.encoder(pixels).half().numpy()
+    config, indices = SearchConfig(mirror=True), [0, 1, 2, 3]
+    ours, theirs = (
+        caption_split(checkpoint.model, each, indices, checkpoint.vocabulary, config)
+        for each in (CaptionData(tmp_path / "both.h5"), data)
+    )
+    for name, caption in ours.items():
+        assert caption.hypothesis.log_probs == pytest.approx(theirs[name].hypothesis.log_probs, abs=0.05)
+    alone = caption_split(checkpoint.model, data, indices, checkpoint.vocabulary, SearchConfig())
+    assert any(
+        alone[name].hypothesis.log_probs != pytest.approx(caption.hypothesis.log_probs, abs=0.05)
+        for name, caption in ours.items()
+    )
+
+
 def test_a_split_is_mirrored_as_photos_are(tiny_checkpoint, tiny_data, photo):
     checkpoint, data = load_checkpoint(tiny_checkpoint), CaptionData(tiny_data)
     config = SearchConfig(mirror=True)
@@ -205,12 +275,39 @@ def test_mirrored_vectors_must_be_there(tiny_checkpoint, tiny_annotations, capsy
 # The folder
 
 
+def test_members_need_names(tiny_checkpoint):
+    one = load_checkpoint(tiny_checkpoint)
+    with pytest.raises(ValueError, match=r"several members need as many names, one alone none \(got 2 and 0\)"):
+        Voices((one, one), SearchConfig())
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        Voices((), SearchConfig())
+
+
+def test_a_folders_name_may_have_an_equals_sign(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "lr=0.1")
+    assert main([str(tmp_path / "lr=0.1"), str(tiny_checkpoint), "--output", str(tmp_path / "new")]) == 0
+    assert load_ensemble(tmp_path / "new").names == ("1", "2")
+
+
+def test_a_config_without_bottom_is_named(tiny_checkpoint, tmp_path, capsys):
+    shutil.copytree(tiny_checkpoint, tmp_path / "deep")
+    (tmp_path / "deep" / "config.json").write_text("[" * 200_000)
+    assert main([str(tmp_path / "deep"), str(tiny_checkpoint), "--output", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err.startswith(f"ensemble: {tmp_path / 'deep' / 'config.json'}: not JSON")
+
+
+def test_a_member_keeps_its_ensembles_name_where_checkpoints_are_named(pair):
+    assert short_name("flickr8k-soft/fine") == "flickr8k-soft/fine"
+    assert short_name(pair / "fine") == "pair/fine"
+    assert short_name("/elsewhere/runs/x") == "x"
+
+
 @pytest.fixture
 def other(tiny_checkpoint, tmp_path):
     """A checkpoint with another decoder, on a finer grid."""
     first = load_checkpoint(tiny_checkpoint)
     torch.manual_seed(5)
-    encoder = dataclasses.replace(TINY_ENCODER, image_size=48, fit=first.encoder.fit)
+    encoder = dataclasses.replace(TINY_ENCODER, image_size=48, fit=first.encoder.fit, resample="bilinear")
     decoder = dataclasses.replace(TINY_DECODER, hidden_dim=20)
     model, encoder = build_model(encoder, decoder, len(first.vocabulary))
     _make_talkative(model.decoder)
@@ -228,13 +325,14 @@ def test_an_ensembles_folder_captions_as_its_members_together(pair, other, tiny_
     loaded = load_ensemble(pair)
     assert loaded.names == ("fine", "coarse")
     assert loaded.search == SearchConfig(mirror=True)
+    photo = photo.resize((40, 40))
     caption = load_captioner(pair).caption([photo], mirror=False)[0]
     models = [load_checkpoint(other).model, load_checkpoint(tiny_checkpoint).model]
     views = []
-    for model, size in zip(models, (48, 32), strict=True):
-        pixels = np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC))
+    for model, size, resample in zip(models, (48, 32), ("bilinear", "bicubic"), strict=True):
+        pixels = np.array(to_square(photo, size, "crop", resample))
         with torch.no_grad():
-            views.append(model.annotate(torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0)))
+            views.append(model.annotate(torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)))
     found = search([model.decoder for model in models], views, SearchConfig())[0][0]
     assert caption.words == tuple(loaded.vocabulary.decode(found.ids))
     assert caption.log_probs == pytest.approx(found.log_probs[: len(caption.words)], abs=1e-4)
@@ -242,10 +340,16 @@ def test_an_ensembles_folder_captions_as_its_members_together(pair, other, tiny_
     np.testing.assert_allclose(caption.alphas.sum((1, 2)), 1, atol=1e-5)
 
 
-def test_an_ensemble_is_evaluated_on_pixels(pair, tiny_data):
-    found, scores = evaluate(load_ensemble(pair), CaptionData(tiny_data), "val", SearchConfig(), tokenizer="python")
-    assert len(found) == 4
-    assert scores.values["CIDEr"] >= 0
+def test_an_ensemble_is_evaluated_as_it_captions(pair, tiny_data):
+    data = CaptionData(tiny_data)
+    found, _ = evaluate(load_ensemble(pair), data, "val", SearchConfig(), tokenizer="python")
+    photos = [Image.fromarray(data.image(i).permute(1, 2, 0).numpy()) for i in data.indices("val").tolist()]
+    captions = load_captioner(pair).caption(photos, mirror=False)
+    for caption, evaluated in zip(captions, found.values(), strict=True):
+        length, hypothesis = len(caption.words), evaluated.hypothesis
+        assert caption.text == evaluated.text
+        assert caption.log_probs == pytest.approx(hypothesis.log_probs[:length], abs=1e-4)
+        np.testing.assert_allclose(caption.alphas.reshape(length, -1), hypothesis.alphas[:length], atol=1e-4)
 
 
 def test_where_one_model_is_wanted_the_members_are_named(pair, tiny_data, capsys):

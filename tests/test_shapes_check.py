@@ -1,5 +1,7 @@
 """Whether captions of the made world are checked rightly: truth, the attention's mass, the cell looked at."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -50,6 +52,15 @@ def test_a_false_sentence_is_counted_named_and_looked_at_no_further():
 def test_a_sentence_that_the_grammar_cannot_read_is_neither_parsed_nor_true():
     report = check(caption("square red the", [1.0, 0.0, 0.0, 0.0]), GRID, INSTANCES)
     assert (report.parsed, report.true) == (0, 0)
+
+
+def test_each_of_several_looks_counts():
+    said = caption("there is a large red square", [0.7, 0.1, 0.1, 0.1], 0)
+    (only,) = said.values()
+    both = torch.tensor([0, 3]).expand(len(only.hypothesis.ids), 2)
+    hypothesis = dataclasses.replace(only.hypothesis, locations=both)
+    report = check({"000000.png": SplitCaption(only.text, hypothesis)}, GRID, INSTANCES)
+    assert report.hits == 0.5
 
 
 @pytest.mark.parametrize(("location", "hits"), [(None, 1.0), (0, 1.0), (3, 0.0)])

@@ -355,6 +355,7 @@ def test_a_model_without_attention_has_nothing_to_overlay():
         ({"log_probs": [0.0, -1.0, float("nan")]}, "log_probs must be one finite number"),
         ({"locations": [0, 1, 49]}, "locations must be whole numbers from 0 to 48"),
         ({"locations": [[0, 1], [1, 49], [2, 2]]}, "locations must be whole numbers from 0 to 48"),
+        ({"locations": [[0, 1], [1], [2, 2]]}, "locations must be one number per word, or equally many"),
         ({"locations": [0, 1]}, r"locations must have shape \(3,\) or \(3, G\), got \(2,\)"),
         ({"locations": np.zeros((3, 1, 1))}, r"locations must have shape .* got \(3, 1, 1\)"),
         ({"locations": [0, 1, 1.5]}, "locations must be whole numbers from 0 to 48"),
