@@ -11,7 +11,7 @@ from torch import Tensor
 from captioning.config import SearchConfig
 from captioning.models.attention import Look, is_hard, looking
 from captioning.models.decoder import Decoder, Step
-from captioning.models.ensemble import Ensemble
+from captioning.models.ensemble import EnsembleDecoder
 from captioning.vocabulary import END, PAD, START, UNK
 
 Vectors = Float[Tensor, "N L D"] | Sequence[Float[Tensor, "N _ _"]]
@@ -84,7 +84,7 @@ def search(
     """Caption N images: by beam search, or by sampling when the config says so.
 
     Args:
-        decoder: any decoder, in evaluation mode; several are an `Ensemble`.
+        decoder: any decoder, in evaluation mode; several are an `EnsembleDecoder`.
         a: annotation vectors; those of each, if there are several decoders.
         config: how.
         generator: of sampled words and locations, on the device of `a`.
@@ -99,7 +99,7 @@ def search(
         decoder, a = [decoder], [cast(Tensor, a)]
     if not isinstance(decoder, Decoder):
         alone = len(decoder) * config.paths == 1
-        decoder, a = (decoder[0], a[0]) if alone else (Ensemble(decoder, paths=config.paths), a)
+        decoder, a = (decoder[0], a[0]) if alone else (EnsembleDecoder(decoder, paths=config.paths), a)
     if config.location != "argmax" and not is_hard(decoder):
         raise ValueError(f"location={config.location!r} needs a model with hard attention")
     with torch.no_grad(), looking(decoder, Look(config.location, generator=generator)):

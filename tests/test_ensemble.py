@@ -23,11 +23,10 @@ from captioning.evaluate import main as evaluate_main
 from captioning.files import short_name
 from captioning.images import to_square
 from captioning.models.attention import Look, looking
-from captioning.models.ensemble import Ensemble, refine, refine_location
+from captioning.models.ensemble import EnsembleDecoder, refine, refine_location
 from captioning.models.registry import build_decoder
 from captioning.vocabulary import START, Vocabulary
-from captioning.voices import Ensemble as Voices
-from captioning.voices import caption_images, load_ensemble
+from captioning.voices import Ensemble, caption_images, load_ensemble
 from tests.conftest import TINY_DECODER, TINY_ENCODER, _make_talkative
 
 L, D, V = 4, 6, 11
@@ -81,8 +80,8 @@ def test_a_voice_without_attention_speaks_and_shows_nothing():
     found = search(decoders, [vectors(0)] * 2, SearchConfig(beam_size=2, max_length=5))[0][0]
     words = torch.tensor([[[START, *found.ids]]])
     torch.testing.assert_close(found.alphas, decoders[0](vectors(0)[:1], words).alphas[0, 0])
-    assert Ensemble(decoders).attends
-    assert not Ensemble(decoders[1:]).attends
+    assert EnsembleDecoder(decoders).attends
+    assert not EnsembleDecoder(decoders[1:]).attends
     assert search(decoders[1:] * 2, [vectors(0)] * 2, SearchConfig(max_length=5))[0][0].alphas is None
 
 
@@ -91,7 +90,7 @@ def test_a_voice_without_attention_speaks_and_shows_nothing():
 
 def test_many_paths_give_the_sum_over_locations():
     decoder, a = voice(3, "hard"), vectors(0)
-    ensemble, word = Ensemble([decoder], paths=3000), torch.full((3,), START)
+    ensemble, word = EnsembleDecoder([decoder], paths=3000), torch.full((3,), START)
     with torch.no_grad(), looking(ensemble, Look("sample", generator=torch.Generator().manual_seed(0))):
         memory = ensemble.prepare([a])
         step = ensemble.step(word, ensemble.initial_state(memory), memory)
@@ -278,9 +277,9 @@ def test_mirrored_vectors_must_be_there(tiny_checkpoint, tiny_annotations, capsy
 def test_members_need_names(tiny_checkpoint):
     one = load_checkpoint(tiny_checkpoint)
     with pytest.raises(ValueError, match=r"several members need as many names, one alone none \(got 2 and 0\)"):
-        Voices((one, one), SearchConfig())
+        Ensemble((one, one), SearchConfig())
     with pytest.raises(ValueError, match="got 0 and 0"):
-        Voices((), SearchConfig())
+        Ensemble((), SearchConfig())
 
 
 def test_a_folders_name_may_have_an_equals_sign(tiny_checkpoint, tmp_path):

@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     attends = True
 
     def prepare(self, a: Any) -> Any:
-        """Everything that depends on the image alone, once per image, of a (N, L, D); an `Ensemble` has several."""
+        """All that depends on the image alone, once per image, of a (N, L, D); an `EnsembleDecoder` has several."""
         raise TypeError(f"{type(self).__name__} must define prepare")
 
     def initial_state(self, memory: Any, rows_per_image: int = 1) -> Any:

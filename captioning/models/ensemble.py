@@ -23,7 +23,7 @@ class Voice(NamedTuple):
     memory: Any
 
 
-class Ensemble(Decoder):
+class EnsembleDecoder(Decoder):
     """Voices that hear the same words: each decoder `paths` times, all with states of their own.
 
     What it reports is on the finest grid among them: alpha is the mean of theirs, beta likewise, and `location` (R, G)
