@@ -151,7 +151,7 @@ class SelfCriticalConfig:
             raise ValueError(f"samples must be at least 2, to be compared with each other (got {self.samples})")
 
 
-MAX_BEAM = 1000
+MAX_BEAM = 10_000
 """Most hypotheses, captions and paths of an image."""
 
 

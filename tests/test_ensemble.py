@@ -128,8 +128,8 @@ def test_paths_that_cannot_differ_are_refused(location):
 
 @pytest.mark.parametrize("name", ["paths", "beam_size", "num_captions"])
 def test_what_would_fill_all_memory_is_refused(name):
-    with pytest.raises(ValueError, match=rf"{name} must be at most 1000 \(got {10**12}\)"):
-        SearchConfig(**{"location": "sample", "beam_size": 1000, name: 10**12})
+    with pytest.raises(ValueError, match=rf"{name} must be at most 10000 \(got {10**12}\)"):
+        SearchConfig(**{"location": "sample", "beam_size": 10_000, name: 10**12})
 
 
 def test_a_checkpoint_that_draws_paths_may_be_asked_for_another_location():
