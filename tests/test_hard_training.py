@@ -83,7 +83,7 @@ def test_a_caption_of_a_hard_model_says_where_each_word_looked(hard_checkpoint, 
     photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
     caption = captioner.caption(photo, max_length=6)[0]
     assert len(caption.words) > 1
-    assert caption.locations.tolist() == [int(alpha.argmax()) for alpha in caption.alphas]
+    assert caption.locations.tolist() == [[int(alpha.argmax())] for alpha in caption.alphas]
     assert captioner.caption(photo, location="expected")[0].locations is None
     drawn = [captioner.caption(photo, location="sample", seed=seed)[0] for seed in (3, 3, 4)]
     assert np.array_equal(drawn[0].locations, drawn[1].locations)
@@ -112,7 +112,8 @@ def test_the_command_line_shows_the_location_and_marks_it(hard_checkpoint, tiny_
     output = ["--json", str(tmp_path / "x.json"), "--overlay", str(tmp_path / "overlays"), "--location", "sample"]
     assert caption_command.main([*command, *output]) == 0
     found = json.loads((tmp_path / "x.json").read_text())[0]
-    row, column = divmod(found["locations"][0], 4)
+    ((cell,), *_) = found["locations"]
+    row, column = divmod(cell, 4)
     assert f"looked at row {row + 1} of 4, column {column + 1} of 4" in capsys.readouterr().out
     assert (tmp_path / "overlays" / "photo.png").exists()
 
