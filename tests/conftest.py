@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from PIL import Image
 from torch import nn
 
 install_import_hook(["captioning", "preprocess"], "beartype.beartype")
@@ -56,6 +57,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _build_shapes(tmp_path_factory.mktemp("data") / "pixels.h5", None)
 
 
+@pytest.fixture
+def photo(tiny_data: Path) -> Image.Image:
+    """A picture of `tiny_data`."""
+    return Image.fromarray(CaptionData(tiny_data).image(3).permute(1, 2, 0).numpy())
+
+
 @pytest.fixture(scope="session")
 def tiny_annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same scenes as `tiny_data`, stored as annotation vectors (16, 128) of TINY_ENCODER."""
@@ -69,13 +76,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_annotations: 
     assert data.encoder is not None
     torch.manual_seed(2)
     model, encoder = build_model(data.encoder, TINY_DECODER, len(data.vocabulary), encoder_state=data.encoder_state())
-    _make_talkative(model.decoder)
+    make_talkative(model.decoder)
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     save_checkpoint(folder, Checkpoint(model, encoder, TINY_DECODER, data.vocabulary, about={"about": "untrained"}))
     return folder
 
 
-def _make_talkative(decoder: nn.Module) -> None:
+def make_talkative(decoder: nn.Module) -> None:
     """Weights far from zero, so that captions differ from image to image, and never an empty one, whatever the words.
 
     The first entry of the deep output's hidden vector knows only whether a caption has begun: tanh(-20) = -1 after
