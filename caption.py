@@ -128,6 +128,8 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--mirror", action=argparse.BooleanOptionalAction, default=own, help="look at the mirrored photo, too"
     )
+    sides = "look at the photo at each of the sizes that the model learned from"
+    parse.add_argument("--multi-scale", action=argparse.BooleanOptionalAction, default=own, help=sides)
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--overlay", metavar="DIR", help="draw each photo's per-word attention here")
     parse.add_argument(

@@ -144,7 +144,7 @@ def real_batch(data_path: str, checkpoint: str, images: int) -> Oracle:
     if decoder.name != "attention_lstm" or decoder.attention == "multi_head" or decoder.values != "annotations":
         raise ValueError(f"--checkpoint {checkpoint}: must be an attention_lstm, soft or hard, with values=annotations")
     batches = plan_epoch(data, "train", captions_per_image=5, batch_size=images, seed=0, epoch=0)
-    dataset = CaptionDataset(data, image_size=loaded.encoder.image_size, resample=loaded.encoder.resample)
+    dataset = CaptionDataset(data, sides=loaded.encoder.sides, resample=loaded.encoder.resample)
     batch = next(load_batches(dataset, batches[:1], captions_per_image=5))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = loaded.model.to(device).eval()

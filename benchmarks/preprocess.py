@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = EncoderConfig(name=chosen.encoder, weights=None, image_size=chosen.image_size)
             annotator = Annotator(config, precision=precision, device="cpu", seed=0)
             shape = (chosen.batch_size, chosen.image_size, chosen.image_size, 3)
-            pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+            pixels = [np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)]
             settings = BuildSettings(
                 image_size=chosen.image_size, batch_size=chosen.batch_size, min_count=1, precision=precision
             )

@@ -1,6 +1,7 @@
 """The public API: a trained captioner, from image files to sentences and where each word looked."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.decoding import Hypothesis
 from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
+from captioning.model_config import View
 from captioning.models.captioner import CaptioningModel
 from captioning.models.multihead import show_head
 from captioning.tokenization import detokenize
@@ -157,11 +159,11 @@ class Captioner:
     def _batch(self, photos: list[Image.Image], config: SearchConfig, generator: torch.Generator) -> list[Caption]:
         fit = self.ensemble.members[0].encoder.fit
 
-        def load(model: CaptioningModel, mirrored: bool) -> Tensor:
+        def load(model: CaptioningModel, view: View) -> Tensor:
             encoder = model.encoder
-            squares = [to_square(photo, encoder.image_size, fit, encoder.resample) for photo in photos]
+            squares = [to_square(photo, encoder.sides[view.scale], fit, encoder.resample) for photo in photos]
             pixels = torch.from_numpy(np.stack([to_array(square) for square in squares])).permute(0, 3, 1, 2)
-            return (pixels.flip(-1) if mirrored else pixels).to(self.device)
+            return (pixels.flip(-1) if view.mirrored else pixels).to(self.device)
 
         found = caption_images(self.ensemble.models, load, config, generator=generator)
         captions = []
@@ -175,9 +177,8 @@ class Captioner:
         length = len([i for i in hypothesis.ids if i != END])
         words = self.ensemble.vocabulary.decode(hypothesis.ids)
         alphas = hypothesis.alphas
-        if alphas is not None:  # on the finest grid of those that attend
-            grids = [model.encoder.grid for model in self.ensemble.models if model.decoder.attends]
-            alphas = alphas[:length].unflatten(1, max(grids)).float()
+        if alphas is not None:  # on the finest of the grids, which are square
+            alphas = alphas[:length].unflatten(1, (math.isqrt(alphas.shape[1]), -1)).float()
         return Caption(
             text=detokenize(words),
             words=tuple(words),

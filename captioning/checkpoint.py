@@ -121,20 +121,25 @@ def build_model(
     cnn, encoder = build_encoder(encoder, state=encoder_state)
     if most is not None:
         with torch.device("meta"):
-            regions, language = _parts(cnn, region_encoder, decoder, vocabulary_size)
-        count = sum(x.numel() for part in (regions, language) for x in part.parameters())
+            regions, decoders = _parts(cnn, region_encoder, decoder, vocabulary_size)
+        count = sum(x.numel() for part in (regions, *decoders) for x in part.parameters())
         if count > most:
             raise ValueError(f"its config describes {count:,} parameters, its file has {most:,}")
-    regions, language = _parts(cnn, region_encoder, decoder, vocabulary_size)
-    return CaptioningModel(cnn, regions, language), encoder
+    regions, decoders = _parts(cnn, region_encoder, decoder, vocabulary_size)
+    return CaptioningModel(cnn, regions, decoders[0], decoders[1:]), encoder
 
 
 def _parts(
     cnn: Encoder, region_encoder: RegionEncoderConfig | None, decoder: DecoderConfig, vocabulary_size: int
-) -> tuple[RegionEncoder, Decoder]:
+) -> tuple[RegionEncoder, list[Decoder]]:
+    """The region encoder, and a decoder for each of the CNN's scales."""
+    if len(cnn.sides) > 1 and region_encoder is not None and region_encoder.positions != "none":
+        raise ValueError(
+            f"region_encoder.positions={region_encoder.positions!r} needs a grid of one size: leave encoder.scales out"
+        )
     regions = build_region_encoder(region_encoder or RegionEncoderConfig(), annotation_dim=cnn.dim, grid=cnn.grid)
-    language = build_decoder(decoder, vocabulary_size=vocabulary_size, annotation_dim=regions.dim)
-    return regions, language
+    sizes = {"vocabulary_size": vocabulary_size, "annotation_dim": regions.dim}
+    return regions, [build_decoder(decoder, **sizes) for _ in cnn.sides]
 
 
 def save_checkpoint(

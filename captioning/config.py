@@ -173,6 +173,8 @@ class SearchConfig:
             context of soft attention, with which the original code decodes its hard models).
         paths: with location sample, how many paths of locations speak at once: the mean of their probabilities.
         mirror: look at the mirrored picture, too; again the mean of the probabilities.
+        multi_scale: let the decoders of all of the encoder's scales look and speak (`EncoderConfig.scales`), not only
+            the first; again the mean.
     """
 
     beam_size: int = 5
@@ -187,6 +189,7 @@ class SearchConfig:
     location: Location = "argmax"
     paths: int = 1
     mirror: bool = False
+    multi_scale: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "beam_size", "max_length", "num_captions", "temperature", "paths")

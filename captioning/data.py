@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from captioning.config import EncoderConfig, from_dict
-from captioning.model_config import Resample
+from captioning.model_config import PLAIN, Resample, View
 from captioning.vocabulary import END, PAD, START, Vocabulary
 
 SCHEMA = "show-attend-tell/1"
@@ -28,7 +28,8 @@ PIXELS = "image/pixels"
 ANNOTATIONS = "image/annotations"
 """(N, L, D) float16, L locations row by row; one chunk per image. Attribute `grid`: (h, w)."""
 MIRRORED = "image/mirrored"
-"""As ANNOTATIONS, of the mirrored images; there if they were asked for."""
+"""As ANNOTATIONS, of the mirrored images; there if they were asked for. Of further scales (`EncoderConfig.scales`) both
+are there once more, with the side in pixels behind the name: image/annotations_224."""
 NAMES = "image/name"
 """(N,) text, unique: what a results file calls the image."""
 IMAGE_SPLIT = "image/split"
@@ -45,6 +46,12 @@ VOCABULARY = "vocabulary"
 """(V,) text, the special words first."""
 ENCODER = "encoder"
 """Group with the state dict of the network that made the annotations; attribute `config`: JSON of EncoderConfig."""
+
+
+def annotations_name(encoder: EncoderConfig, view: View) -> str:
+    """The dataset of the annotation vectors of one view."""
+    name = MIRRORED if view.mirrored else ANNOTATIONS
+    return f"{name}_{encoder.sides[view.scale]}" if view.scale else name
 
 
 class CaptionData:
@@ -96,6 +103,19 @@ class CaptionData:
             self.grid = (int(file[ANNOTATIONS].attrs["grid"][0]), int(file[ANNOTATIONS].attrs["grid"][1]))
             config = json.loads(file[ENCODER].attrs["config"])
             self.encoder = from_dict(EncoderConfig, config, f"{self.path}: encoder")
+            self._check_scales(file, self.encoder)
+
+    def _check_scales(self, file: h5py.File, encoder: EncoderConfig) -> None:
+        """The vectors of every scale must be there, and have the size of the others."""
+        for scale in range(1, len(encoder.sides)):
+            for mirrored in (False, True) if self.mirrored else (False,):
+                name = annotations_name(encoder, View(scale, mirrored))
+                shape = file[name].shape
+                if len(shape) != 3 or (shape[0], shape[2]) != (len(self.names), self.image_shape[1]):
+                    raise ValueError(
+                        f"{self.path}: {name}: must be {len(self.names)} images of vectors of "
+                        f"{self.image_shape[1]} (got {shape})"
+                    )
 
     def _check_tables(self) -> None:
         """Every index must point at something."""
@@ -146,12 +166,13 @@ class CaptionData:
         """An image's captions as the source gave them."""
         return [self._raw[caption].decode() for caption in self.captions_of(image)]
 
-    def image(self, image: int, *, mirrored: bool = False) -> Shaped[Tensor, "..."]:
-        """Pixels (3, S, S) uint8, or annotation vectors (L, D) float16, those of the mirrored image if asked."""
+    def image(self, image: int, view: View = PLAIN) -> Shaped[Tensor, "..."]:
+        """Pixels (3, S, S) uint8, whatever the view, or the view's annotation vectors (L, D) float16."""
         if self._file is None:
             self._file = h5py.File(self.path, "r")
-        values = torch.from_numpy(self._file[MIRRORED if mirrored else self.kind][image])
-        return values.permute(2, 0, 1) if self.kind == PIXELS else values
+        if self.encoder is None:
+            return torch.from_numpy(self._file[PIXELS][image]).permute(2, 0, 1)
+        return torch.from_numpy(self._file[annotations_name(self.encoder, view)][image])
 
     def encoder_state(self) -> dict[str, Tensor]:
         """State dict of the network that made the annotation vectors."""
@@ -167,11 +188,12 @@ class CaptionData:
 
 
 class Sample(NamedTuple):
-    """One image with some of its captions, and the seed of its augmentation."""
+    """One image with some of its captions, the seed of its augmentation, and at which of the sides it is looked at."""
 
     image: int
     captions: tuple[int, ...]
     seed: int
+    scale: int = 0
 
 
 class Batch(NamedTuple):
@@ -191,10 +213,12 @@ def plan_epoch(
     seed: int,
     epoch: int,
     every_caption: bool = True,
+    scales: int = 1,
 ) -> list[list[Sample]]:
     """The batches of one epoch: every caption once, in an order that depends on (seed, epoch) alone.
 
-    Without `every_caption` it is every image once, with `captions_per_image` of its captions.
+    Without `every_caption` it is every image once, with `captions_per_image` of its captions. Of several `scales` each
+    has as many batches as the others, one more or less.
 
     An image's captions are shuffled and dealt in groups of `captions_per_image`; the groups are shuffled and dealt in
     batches. So a run that stops in the middle continues at the same batch.
@@ -208,7 +232,11 @@ def plan_epoch(
             samples.append(Sample(int(image), group, int(rng.integers(2**62))))
     order = rng.permutation(len(samples))
     ordered = [samples[i] for i in order]
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    if scales == 1:
+        return batches
+    at = rng.permutation(len(batches)) % scales
+    return [[sample._replace(scale=int(k)) for sample in batch] for k, batch in zip(at, batches, strict=True)]
 
 
 def shard(batches: Sequence[list[Sample]], rank: int, world: int) -> list[list[Sample]]:
@@ -217,7 +245,7 @@ def shard(batches: Sequence[list[Sample]], rank: int, world: int) -> list[list[S
     for batch in batches:
         size = -(-len(batch) // world)
         part = batch[rank::world]
-        parts.append(part + [Sample(batch[0].image, (), 0)] * (size - len(part)))
+        parts.append(part + [batch[0]._replace(captions=(), seed=0)] * (size - len(part)))
     return parts
 
 
@@ -230,7 +258,7 @@ class CaptionDataset(Dataset[Item]):
 
     Args:
         data: pixels, or annotation vectors.
-        image_size: side of the square that pixels become.
+        sides: of the squares that pixels become, one for each scale.
         resample: the filter by which they do.
         augment: none, flip, crop or crop_flip; of annotation vectors none, and flip where mirrored ones are stored.
 
@@ -239,21 +267,23 @@ class CaptionDataset(Dataset[Item]):
     """
 
     def __init__(
-        self, data: CaptionData, *, image_size: int = 0, resample: Resample = "bicubic", augment: str = "none"
+        self, data: CaptionData, *, sides: Sequence[int] = (), resample: Resample = "bicubic", augment: str = "none"
     ):
         check_augment(data, augment)
         self.data = data
         self.flip = data.kind == ANNOTATIONS and augment == "flip"
-        same = augment == "none" and data.image_shape[0] == image_size
-        plain = same or data.kind == ANNOTATIONS
-        self.transform = None if plain else build_augmentation(augment, image_size, resample)
+        self.transforms = [
+            None if augment == "none" and data.image_shape[0] == side else build_augmentation(augment, side, resample)
+            for side in sides
+        ]
 
     def __getitem__(self, sample: Sample) -> Item:
-        image = self.data.image(sample.image, mirrored=self.flip and sample.seed % 2 == 1)
-        if self.transform is not None:
+        image = self.data.image(sample.image, View(sample.scale, mirrored=self.flip and sample.seed % 2 == 1))
+        transform = self.transforms[sample.scale] if self.data.kind == PIXELS else None
+        if transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sample.seed)
-                image = self.transform(image)
+                image = transform(image)
         return image, [self.data.words(caption) for caption in sample.captions], sample.image
 
 

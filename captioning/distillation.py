@@ -7,11 +7,11 @@ probabilities, which is better than each of theirs (an ensemble), and here costs
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Float, Integer, Shaped, UInt8
 from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
-from captioning.data import CaptionData
+from captioning.data import CaptionData, build_augmentation
 from captioning.evaluate import check_same_task
 from captioning.losses import by_word
 from captioning.models.captioner import CaptioningModel
@@ -39,13 +39,16 @@ class Teachers:
         """Mean p(. | y_1..t-1, a) of the teachers at every word, in the student's order.
 
         Args:
-            images: as for `CaptioningModel.forward`, and as the student sees them.
+            images: as for `CaptioningModel.forward`, and as the student sees them: pixels become the sizes that each
+                teacher learned from, at all of which it looks.
             captions: framed by START and END.
             samples: how often the student has each caption, one copy beside the other (`hard.samples`).
         """
-        encoders = {model.encoder for model in self.models}
-        vectors = {encoder: encoder(images) if images.dim() == 4 else images for encoder in encoders}
-        outputs: list[Output] = [model(vectors[model.encoder], captions) for model in self.models]
+        if images.dim() == 4:
+            views = {encoder: _views(images, encoder) for encoder in {model.encoder for model in self.models}}
+        else:
+            views = {model.encoder: [images] for model in self.models}
+        outputs: list[Output] = [model(a, captions) for model in self.models for a in views[model.encoder]]
         mean = torch.stack([output.logits.float().softmax(dim=-1) for output in outputs]).mean(dim=0)
         if samples == 1:
             return mean
@@ -54,10 +57,16 @@ class Teachers:
         return mean[rows.repeat_interleave(samples, dim=1)[mask.repeat_interleave(samples, dim=1)]]
 
 
+def _views(images: UInt8[Tensor, "N 3 S S"], encoder: Encoder) -> list[Float[Tensor, "N _ D"]]:
+    """The annotation vectors of pictures, at each of the encoder's scales."""
+    resized = (build_augmentation("none", side, encoder.resample)(images) for side in encoder.sides)
+    return [encoder(pictures) for pictures in resized]
+
+
 def _alike(first: Encoder, second: Encoder) -> bool:
     """Whether two encoders make the same of a picture: the same tensors, in the same network, cut at the same node."""
     ours, theirs = first.state_dict(), second.state_dict()
-    if any(getattr(first, name) != getattr(second, name) for name in ("grid", "dim", "image_size", "resample")):
+    if any(getattr(first, name) != getattr(second, name) for name in ("grids", "dim", "sides", "resample")):
         return False
     if getattr(first.network, "code", None) != getattr(second.network, "code", None):
         return False

@@ -21,19 +21,21 @@ from tqdm import tqdm
 
 from captioning.api import check_device, search_config
 from captioning.checkpoint import Checkpoint, checkpoint_folder
-from captioning.config import LOCATIONS, Location, SearchConfig, given, one_line
+from captioning.config import LOCATIONS, EncoderConfig, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
 from captioning.decoding import Hypothesis
 from captioning.diagnosis import Diagnosis, diagnose, signal_to_noise
 from captioning.files import make_place
 from captioning.memory import keep_memory
 from captioning.metrics import DEFAULT_METRICS, Scores, score
+from captioning.model_config import View
 from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
+from captioning.models.encoder import Encoder
 from captioning.results import read_references, read_results, select_references, write_results
 from captioning.tokenization import detokenize
 from captioning.vocabulary import Vocabulary
-from captioning.voices import Ensemble, caption_images, load_ensemble
+from captioning.voices import Ensemble, caption_images, check_scales, load_ensemble
 
 _CUT = ("layer", "image_size", "resample")
 """What annotation vectors depend on beside the encoder's weights and the fit."""
@@ -76,44 +78,56 @@ def caption_split(
         The best caption of each image, by its name.
 
     Raises:
-        ValueError: the search looks at mirrored images, and the file has annotation vectors without those.
+        ValueError: the search looks at the images in a way of which the file has no annotation vectors.
     """
-    check_views(data, config)
+    models = [models] if isinstance(models, CaptioningModel) else models
+    check_views(data, config, [model.encoder for model in models])
     generator = torch.Generator(device).manual_seed(seed)
     found: dict[str, SplitCaption] = {}
     for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):
         part = [int(i) for i in indices[start : start + batch_size]]
         load = partial(_images, data, part, device)
-        hypotheses = caption_images(
-            [models] if isinstance(models, CaptioningModel) else models, load, config, generator=generator
-        )
+        hypotheses = caption_images(models, load, config, generator=generator)
         for i, best in zip(part, hypotheses, strict=True):
             found[data.names[i]] = SplitCaption(detokenize(vocabulary.decode(best[0].ids)), best[0])
     return found
 
 
-def check_views(data: CaptionData, config: SearchConfig) -> None:
+def check_views(data: CaptionData, config: SearchConfig, encoders: Sequence[Encoder | EncoderConfig]) -> None:
     """What a search looks at must be in the file.
 
+    Args:
+        data: pixels, of which every view can be made, or annotation vectors.
+        config: the search.
+        encoders: which look.
+
     Raises:
-        ValueError: it looks at mirrored images, and the file has annotation vectors, but none of those.
+        ValueError: it looks at mirrored images or further scales, and the file has annotation vectors, but none of
+            those; or it looks at further scales, and no encoder has any.
     """
+    check_scales(encoders, config)
     if config.mirror and data.kind == ANNOTATIONS and not data.mirrored:
         raise ValueError(
             f"{data.path}: holds no annotation vectors of mirrored images; make it with preprocess --mirror, or do "
             "not look at them (--no-mirror; in training --validation.search.mirror false)"
         )
+    stored = None if data.encoder is None else data.encoder.sides
+    if config.multi_scale and stored is not None and any(encoder.sides != stored for encoder in encoders):
+        raise ValueError(
+            f"{data.path}: holds annotation vectors of pictures of {stored} pixels, and the model's have "
+            f"{encoders[0].sides}; make it with preprocess --scales, or take --no-multi-scale"
+        )
 
 
 def _images(
-    data: CaptionData, indices: Sequence[int], device: str | torch.device, model: CaptioningModel, mirrored: bool
+    data: CaptionData, indices: Sequence[int], device: str | torch.device, model: CaptioningModel, view: View
 ) -> Tensor:
     """Images of a data file as a model wants them."""
     if data.kind == ANNOTATIONS:
-        return torch.stack([data.image(i, mirrored=mirrored) for i in indices]).to(device)
-    resize = build_augmentation("none", model.encoder.image_size, model.encoder.resample)
+        return torch.stack([data.image(i, view) for i in indices]).to(device)
+    resize = build_augmentation("none", model.encoder.sides[view.scale], model.encoder.resample)
     images = torch.stack([resize(data.image(i)) for i in indices]).to(device)
-    return images.flip(-1) if mirrored else images
+    return images.flip(-1) if view.mirrored else images
 
 
 def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
@@ -215,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--mirror", action=argparse.BooleanOptionalAction, default=own, help="look at the mirrored photos, too"
     )
+    sides = "look at the photos at each of the sizes that the model learned from (encoder.scales)"
+    ours.add_argument("--multi-scale", action=argparse.BooleanOptionalAction, default=own, help=sides)
     ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
     ours.add_argument("--batch-size", type=int, default=32)
     ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

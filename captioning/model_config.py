@@ -1,7 +1,7 @@
 """What the network is: the configs of its three parts, which a checkpoint holds."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from captioning.checks import at_most, fraction, positive, unread
 
@@ -13,6 +13,8 @@ MAX_LAYERS = 64
 """Of a Transformer and of a region encoder: a config from elsewhere may not ask for millions."""
 MAX_SIDE = 4096
 """Pixels: a larger square input takes gigabytes for each photo."""
+MAX_SCALES = 8
+"""Sizes at which one encoder looks."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class EncoderConfig:
         weights: DEFAULT or another name of torchvision's weights enum, a .pth or .safetensors file with the network's
             state dict, or null for random weights.
         image_size: side of the square input in pixels.
+        scales: further such sides, each with a decoder of its own, which learns from its share of the batches; in a
+            search with `multi_scale` all speak with one voice.
         fit: how a photo becomes square: crop (shorter side, then the centre) or squash (both sides, aspect is lost).
         resample: the filter by which it gets its size. Other filters cost score: docs/results.md.
         train_from: null freezes the network; all, or the name of the first stage that is trained, e.g. features.14.
@@ -37,6 +41,7 @@ class EncoderConfig:
     grid: int | None = None
     weights: str | None = "DEFAULT"
     image_size: int = 224
+    scales: tuple[int, ...] = ()
     fit: Fit = "crop"
     resample: Resample = "bicubic"
     train_from: str | None = None
@@ -45,6 +50,27 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         positive(self, "image_size")
         at_most(self, MAX_SIDE, "image_size")
+        one_by_one = len(set(self.sides)) == len(self.sides) <= MAX_SCALES
+        if not (one_by_one and all(0 < side <= MAX_SIDE for side in self.scales)):
+            raise ValueError(
+                f"scales must be fewer than {MAX_SCALES} different sides of up to {MAX_SIDE} pixels, none of them "
+                f"image_size={self.image_size} (got {list(self.scales)})"
+            )
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of the square input, in pixels: `image_size` and the scales."""
+        return self.image_size, *self.scales
+
+
+class View(NamedTuple):
+    """How an image is looked at: at which of the encoder's sides (`EncoderConfig.sides`), and mirrored or not."""
+
+    scale: int = 0
+    mirrored: bool = False
+
+
+PLAIN = View()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim import Optimizer
@@ -128,11 +128,13 @@ def start(settings: Settings) -> Run:
     if not settings.resume and (output / "last").exists():
         raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
     AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
+    data = CaptionData(settings.data)
+    several = len((data.encoder or settings.encoder).scales) > 0  # whose decoders have turns
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         cpu=not torch.accelerator.is_available(),  # torchrun's processes find each other on CPUs only when told
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=several)],
     )
-    data = CaptionData(settings.data)
     torch.manual_seed(settings.seed)
     last = left_last(settings, state, data)
     model, encoder = start_model(settings, data, last)
@@ -206,9 +208,7 @@ def open_output(settings: Settings, progress: Progress) -> tuple[SummaryWriter, 
 def training_set(run: Run) -> CaptionDataset:
     """The images and captions of a run, as its encoder sees them."""
     encoder = run.encoder
-    return CaptionDataset(
-        run.data, image_size=encoder.image_size, resample=encoder.resample, augment=run.settings.augment
-    )
+    return CaptionDataset(run.data, sides=encoder.sides, resample=encoder.resample, augment=run.settings.augment)
 
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
@@ -246,6 +246,7 @@ def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Samp
         seed=settings.seed,
         epoch=epoch,
         every_caption=epoch < settings.likelihood_epochs,
+        scales=len((data.encoder or settings.encoder).sides),
     )
     return batches[: max(settings.max_steps - epoch * len(batches), 0)] if settings.max_steps else batches
 

@@ -38,7 +38,7 @@ class Rollout:
 
     def __call__(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """Annotation vectors (N, L, D) in a new order, and words (N, K, S) for them: samples, then own captions."""
-        decoder, config = self.model.decoder, self.config
+        decoder, config = self.model.decoder_of(a), self.config
         search = SearchConfig(sample=True, num_captions=config.samples, max_length=config.max_length)
         decoder.eval()
         words = draw_words(decoder, a.detach(), search, generator=self.generator)

@@ -19,8 +19,8 @@ def start_model(
     """
     check_positions(settings, data)
     check_augment(data, settings.augment)
-    check_validation(settings, data)
     encoder, encoder_state = fit_encoder(settings.encoder, data), None
+    check_validation(settings, data, encoder)
     first = last
     if first is None and settings.init_from is not None:
         first = load_checkpoint(checkpoint_folder(settings.init_from))
@@ -48,6 +48,12 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint) -> Non
         ValueError: other words, another decoder, vectors of another encoder.
     """
     check_same_task(first, data, f"init_from={settings.init_from}", images=data.kind == ANNOTATIONS)
+    sides = (data.encoder or settings.encoder).sides
+    if len(first.encoder.sides) != len(sides):
+        raise ValueError(
+            f"init_from={settings.init_from}: it has decoders for pictures of {first.encoder.sides} pixels, and "
+            f"encoder.scales with image_size asks for {sides}"
+        )
     free = [name for name in vars(first.decoder) if "dropout" in name]
     if {first.decoder.attention, settings.decoder.attention} == {"soft", "hard"}:  # they have the same parameters
         free.append("attention")
@@ -87,14 +93,14 @@ def check_positions(settings: Settings, data: CaptionData) -> None:
         )
 
 
-def check_validation(settings: Settings, data: CaptionData) -> None:
+def check_validation(settings: Settings, data: CaptionData, encoder: EncoderConfig) -> None:
     """What a validation needs must be there before an epoch is spent.
 
     Raises:
         ValueError: no images, or a search that the model cannot make.
     """
     data.indices(settings.validation.split)
-    check_views(data, settings.validation.search)
+    check_views(data, settings.validation.search, [encoder])
     location = settings.validation.search.location
     if location != "argmax" and settings.decoder.attention != "hard":
         raise ValueError(f"validation.search.location={location!r} needs decoder.attention='hard'")
@@ -113,9 +119,9 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} was made with {there!r}")
     if data.encoder is None:
         return stored
-    for name in ("name", "layer", "grid", "image_size"):
+    for name in ("name", "layer", "grid", "image_size", "scales"):
         wanted, there = getattr(config, name), getattr(stored, name)
-        if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
+        if wanted not in (None, ()) and wanted != there and not str(there).startswith(f"{wanted}."):
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
     if config.train_from is not None:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Several checkpoints that caption with one voice: what an ensemble is, its folder, and how it looks at images."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from captioning.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from captioning.config import SearchConfig, from_dict, to_dict
+from captioning.config import EncoderConfig, SearchConfig, from_dict, to_dict
 from captioning.decoding import Hypothesis, search
+from captioning.model_config import View
 from captioning.models.captioner import CaptioningModel
+from captioning.models.encoder import Encoder
 from captioning.vocabulary import Vocabulary
 
 
@@ -99,9 +102,25 @@ def load_ensemble(folder: str | Path) -> Ensemble:
         raise ValueError(f"{folder}: {error}") from error
 
 
+def check_scales(encoders: Sequence[Encoder | EncoderConfig], config: SearchConfig) -> None:
+    """A search with `multi_scale` needs an encoder that learned from pictures of several sizes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.multi_scale and all(len(encoder.sides) == 1 for encoder in encoders):
+        raise ValueError("multi_scale: no model learned from pictures of several sizes (encoder.scales)")
+
+
+def views(model: CaptioningModel, config: SearchConfig) -> list[View]:
+    """How a model looks at an image in this search."""
+    scales = range(len(model.encoder.sides) if config.multi_scale else 1)
+    return [View(scale, mirrored) for scale in scales for mirrored in ((False, True) if config.mirror else (False,))]
+
+
 def caption_images(
     models: Sequence[CaptioningModel],
-    load: Callable[[CaptioningModel, bool], Tensor],
+    load: Callable[[CaptioningModel, View], Tensor],
     config: SearchConfig,
     *,
     generator: torch.Generator | None = None,
@@ -110,20 +129,25 @@ def caption_images(
 
     Args:
         models: in evaluation mode, with one vocabulary.
-        load: the images as a model wants them (`CaptioningModel.annotate`); mirrored, if the second argument is true.
-        config: how; with `mirror`, each model looks at the mirrored images, too.
+        load: the images as a model wants them (`CaptioningModel.annotate`), in one of its views.
+        config: how; with `mirror` and `multi_scale`, each model has several views.
         generator: as for `search`.
 
     Returns:
         As `search`; where a mirrored image was looked at is told in places of the image itself.
+
+    Raises:
+        ValueError: `multi_scale`, and no model has a further scale.
     """
-    decoders, views = [], []
+    check_scales([model.encoder for model in models], config)
+    decoders, annotations = [], []
     with torch.no_grad():
         for model in models:
-            for mirrored in (False, True) if config.mirror else (False,):
-                a = model.annotate(load(model, mirrored))
-                if mirrored and model.decoder.attends:  # whose alphas these will be
-                    a = a.unflatten(1, model.encoder.grid).flip(2).flatten(1, 2)
-                decoders.append(model.decoder)
-                views.append(a)
-    return search(decoders, views, config, generator=generator)
+            for view in views(model, config):
+                a = model.annotate(load(model, view))
+                decoder = model.decoder_of(a)
+                if view.mirrored and decoder.attends:  # whose alphas these will be
+                    a = a.unflatten(1, (math.isqrt(a.shape[1]), -1)).flip(2).flatten(1, 2)
+                decoders.append(decoder)
+                annotations.append(a)
+    return search(decoders, annotations, config, generator=generator)

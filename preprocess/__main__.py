@@ -83,8 +83,8 @@ def _settings(options: argparse.Namespace, trained: EncoderConfig | None) -> Bui
     """The settings given; size and fit, when they are not, are those that a checkpoint's encoder was trained with."""
     values = given(options, BuildSettings)
     if trained is not None:
-        values = {"image_size": trained.image_size, "fit": trained.fit, **values}
-    return BuildSettings(**values)
+        values = {"image_size": trained.image_size, "scales": trained.scales, "fit": trained.fit, **values}
+    return BuildSettings(**{**values, "scales": tuple(values.get("scales", ()))})
 
 
 def _encoder(options: argparse.Namespace) -> tuple[EncoderConfig | None, dict[str, Tensor] | None]:
@@ -142,7 +142,7 @@ def _report(summary: Summary, output: Path) -> str:
 
 def _as_options(message: str) -> str:
     """An error of the encoder, in the words of this command line."""
-    message = re.sub(r"(?:--)?encoder\.(weights|layer|grid)", r"--\1", message)
+    message = re.sub(r"(?:--)?encoder\.(weights|layer|grid|scales)", r"--\1", message)
     message = message.replace("encoder.name=", "--encoder ")
     return message.replace("torchvision classification model;", "checkpoint, nor a torchvision classification model;")
 
@@ -269,6 +269,8 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument(
         "--mirror", action="store_true", help="store those of the mirrored images, too, for --augment flip"
     )
+    scales = "store those of the images at these further sides, too (default: the checkpoint's, or none)"
+    group.add_argument("--scales", type=int, nargs="*", default=own, help=scales)
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser
 

@@ -34,6 +34,7 @@ class BuildSettings:
 
     Args:
         image_size: side of the square images in pixels.
+        scales: further sides of which the annotation vectors are stored, too (`EncoderConfig.scales`).
         fit: how a photo becomes square: crop (shorter side, then the centre) or squash (both sides, aspect is lost).
         min_count: words that occur less often in the train split become `<unk>`.
         max_words: size of the vocabulary at most, the special words not counted.
@@ -46,6 +47,7 @@ class BuildSettings:
     """
 
     image_size: int = 224
+    scales: tuple[int, ...] = ()
     fit: Fit = "crop"
     min_count: int = 5
     max_words: int = 10_000
@@ -157,7 +159,7 @@ def build(
         captions=captions,
         vocabulary=vocabulary,
         attributes={"source": source, "settings": to_dict(settings)},
-        network=Network(annotator.config, annotator.state, annotator.grid, annotator.mirror) if annotator else None,
+        network=Network(annotator.config, annotator.state, annotator.grids, annotator.mirror) if annotator else None,
     )
     for path, content in (companions or {}).items():
         write_whole(path, content())
@@ -227,8 +229,10 @@ def _annotator(
     if encoder is None:
         if settings.mirror:
             raise ValueError("mirror needs an encoder: pixels are mirrored when they are read")
+        if settings.scales:
+            raise ValueError("scales needs an encoder: pixels get their size when they are read")
         return None
-    config = dataclasses.replace(encoder, image_size=settings.image_size, fit=settings.fit)
+    config = dataclasses.replace(encoder, image_size=settings.image_size, scales=settings.scales, fit=settings.fit)
     return Annotator(
         config,
         precision=settings.precision,
@@ -264,14 +268,15 @@ def _read_images(
     size = settings.batch_size
     batches = [range(i, min(i + size, len(records))) for i in range(0, len(records), size)]
     resample = annotator.config.resample if annotator else "bicubic"
-    pictures = Pictures(records, size=settings.image_size, fit=settings.fit, resample=resample)
+    sides = (settings.image_size, *settings.scales)
+    pictures = Pictures(records, sides=sides, fit=settings.fit, resample=resample)
     done = partial.kept + len(partial.broken)
     todo = batches[partial.batches :]
     yield
     with ThreadPoolExecutor(1) as disk, tqdm(total=len(records), initial=done, unit="image", disable=None) as bar:
         on_its_way: Future[None] | None = None
         for batch, (pixels, broken) in zip(todo, decode(pictures, todo, workers=workers), strict=True):
-            images = annotator(pixels) if annotator and len(pixels) else pixels
+            images = annotator(pixels) if annotator and len(pixels[0]) else pixels[0]
             if on_its_way is not None:
                 on_its_way.result()
                 yield

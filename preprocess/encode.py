@@ -27,39 +27,40 @@ from preprocess.sources import Record
 
 
 class Decoded(NamedTuple):
-    """A batch of images: the pixels (n, S, S, 3) uint8 of the whole ones, and why the others are not there."""
+    """A batch of images: pixels (n, S, S, 3) uint8 of the whole ones for each side S, and why others are missing."""
 
-    pixels: np.ndarray
+    pixels: list[np.ndarray]
     broken: list[tuple[int, str]]
 
 
 class Pictures(Dataset[Decoded]):
-    """Reads the records of a range as squares of `size` pixels."""
+    """Reads the records of a range as squares, one of each side (in pixels)."""
 
-    def __init__(self, records: Sequence[Record], *, size: int, fit: Fit, resample: Resample = "bicubic"):
+    def __init__(self, records: Sequence[Record], *, sides: Sequence[int], fit: Fit, resample: Resample = "bicubic"):
         self.records = records
-        self.size = size
+        self.sides = sides
         self.fit = fit
         self.resample: Resample = resample
 
     def __getitem__(self, numbers: range) -> Decoded:
         return self.collect(numbers, map)
 
-    def collect(self, numbers: range, each: Callable[..., Iterable[np.ndarray | str]]) -> Decoded:
+    def collect(self, numbers: range, each: Callable[..., Iterable[list[np.ndarray] | str]]) -> Decoded:
         """The pictures of a batch; `each` is `map`, or that of a pool of threads."""
         with warnings.catch_warnings():  # here, and not for each picture: it changes the whole process
             warnings.simplefilter("ignore")
-            found = list(each(self._square, numbers))
-        arrays = [picture for picture in found if not isinstance(picture, str)]
+            found = list(each(self._squares, numbers))
+        whole = [squares for squares in found if not isinstance(squares, str)]
         broken = [(i, why) for i, why in zip(numbers, found, strict=True) if isinstance(why, str)]
-        return Decoded(np.stack(arrays) if arrays else np.zeros((0, self.size, self.size, 3), np.uint8), broken)
+        empty = [np.zeros((0, side, side, 3), np.uint8) for side in self.sides]
+        return Decoded([np.stack(arrays) for arrays in zip(*whole, strict=True)] or empty, broken)
 
-    def _square(self, number: int) -> np.ndarray | str:
-        """One picture's pixels, or why it has none."""
+    def _squares(self, number: int) -> list[np.ndarray] | str:
+        """One picture's pixels for each side, or why it has none."""
         image = self.records[number].image
         try:
-            whole = read_image(image) if isinstance(image, Path) else image.render(self.size)
-            return to_array(to_square(whole, self.size, self.fit, self.resample))
+            whole = read_image(image) if isinstance(image, Path) else image.render(self.sides[0])
+            return [to_array(to_square(whole, side, self.fit, self.resample)) for side in self.sides]
         except (ValueError, OSError) as error:
             return one_line(error).removeprefix(f"{image}: ")
 
@@ -96,8 +97,9 @@ class Annotator:
 
     Attributes:
         config: as the data file stores it: everything resolved, of a weights file the name alone.
-        shape: of one image's annotation vectors: (L, D), or with the mirrored ones (2, L, D).
-        grid: (h, w), with h w = L.
+        shape: of one image's annotation vectors: (L, D), or with the mirrored ones (2, L, D); of several scales L is
+            the number of all their locations.
+        grids: (h, w) of each scale.
     """
 
     def __init__(
@@ -115,9 +117,9 @@ class Annotator:
             encoder, resolved = build_encoder(dataclasses.replace(config, train_from=None), state=state)
         self.state: dict[str, Tensor] = {k: v.detach().cpu() for k, v in encoder.network.state_dict().items()}
         self.config = dataclasses.replace(resolved, weights=config.weights and short_name(config.weights))
-        self.grid = encoder.grid
+        self.grids = encoder.grids
         self.mirror = mirror
-        self.shape = (*([2] if mirror else []), encoder.grid[0] * encoder.grid[1], encoder.dim)
+        self.shape = (*([2] if mirror else []), sum(h * w for h, w in encoder.grids), encoder.dim)
         self.device = _device(device)
         self.encoder = encoder.to(self.device)
         self.bf16 = precision == "bf16"
@@ -130,15 +132,15 @@ class Annotator:
             sha.update(values.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Annotation vectors (n, *shape) float16 of pixels (n, S, S, 3) uint8.
+    def __call__(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Annotation vectors (n, *shape) float16 of pixels (n, S, S, 3) uint8 for each side S of the encoder.
 
         Raises:
             ValueError: a value is too large for float16, or none at all.
         """
-        if self.mirror:
-            return np.stack([self._annotate(pixels), self._annotate(pixels[:, :, ::-1].copy())], axis=1)
-        return self._annotate(pixels)
+        views = [pixels, *([[images[:, :, ::-1].copy() for images in pixels]] if self.mirror else [])]
+        vectors = [np.concatenate([self._annotate(images) for images in view], axis=1) for view in views]
+        return np.stack(vectors, axis=1) if self.mirror else vectors[0]
 
     def _annotate(self, pixels: np.ndarray) -> np.ndarray:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)

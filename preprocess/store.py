@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -18,12 +19,10 @@ from torch import Tensor
 
 from captioning.config import EncoderConfig, to_dict
 from captioning.data import (
-    ANNOTATIONS,
     ENCODER,
     FIRST_CAPTION,
     FIRST_WORD,
     IMAGE_SPLIT,
-    MIRRORED,
     NAMES,
     PIXELS,
     RAW,
@@ -31,8 +30,10 @@ from captioning.data import (
     SPLITS,
     VOCABULARY,
     WORDS,
+    annotations_name,
 )
 from captioning.files import fresh_file, hold
+from captioning.model_config import View
 from captioning.vocabulary import Vocabulary
 from preprocess.sources import Record
 
@@ -169,7 +170,7 @@ class Network(NamedTuple):
 
     config: EncoderConfig
     state: dict[str, Tensor]
-    grid: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
     mirror: bool
 
 
@@ -222,14 +223,24 @@ def _write_network(file: h5py.File, network: Network) -> None:
 
 
 def _write_images(file: h5py.File, partial: Partial, network: Network | None) -> None:
-    mirrored = network is not None and network.mirror
-    names = [PIXELS] if network is None else [ANNOTATIONS, *([MIRRORED] if mirrored else [])]
-    shape = partial.shape[1:] if mirrored else partial.shape
-    for view, name in enumerate(names):
-        images = file.create_dataset(name, (partial.kept, *shape), partial.dtype, chunks=(1, *shape))
-        if network is not None:
-            images.attrs["grid"] = np.array(network.grid, np.int64)
-        start = 0
-        for block in partial.blocks():
-            images[start : start + len(block)] = block[:, view] if mirrored else block
-            start += len(block)
+    if network is None:
+        _write_dataset(file, PIXELS, partial, ())
+        return
+    ends = list(accumulate(h * w for h, w in network.grids))
+    for mirrored in (False, True) if network.mirror else (False,):
+        for scale, (grid, end) in enumerate(zip(network.grids, ends, strict=True)):
+            part = slice(end - grid[0] * grid[1], end)
+            name = annotations_name(network.config, View(scale, mirrored))
+            images = _write_dataset(file, name, partial, (int(mirrored), part) if network.mirror else (part,))
+            images.attrs["grid"] = np.array(grid, np.int64)
+
+
+def _write_dataset(file: h5py.File, name: str, partial: Partial, part: tuple[Any, ...]) -> h5py.Dataset:
+    """A part of every image's values, as a dataset with one chunk per image."""
+    shape = np.empty(partial.shape, np.bool_)[part].shape
+    images = file.create_dataset(name, (partial.kept, *shape), partial.dtype, chunks=(1, *shape))
+    start = 0
+    for block in partial.blocks():
+        images[start : start + len(block)] = block[:, *part]
+        start += len(block)
+    return images

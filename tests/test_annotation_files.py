@@ -11,6 +11,7 @@ from test_build import ENCODER, command, photos
 from captioning.checkpoint import load_checkpoint
 from captioning.data import CaptionData, CaptionDataset, Sample
 from captioning.images import open_image, to_array, to_square
+from captioning.model_config import View
 from captioning.models.encoder import build_encoder
 from preprocess.__main__ import main
 
@@ -95,10 +96,10 @@ def test_mirrored_images_are_annotated_too_and_training_draws_one_of_both(tmp_pa
     encoder, _ = build_encoder(both.encoder, state=both.encoder_state())
     pixels = to_array(to_square(open_image(root / "2.png"), 64, "crop"))[:, ::-1].copy()
     a = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
-    torch.testing.assert_close(both.image(2, mirrored=True).float(), a, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(both.image(2, View(mirrored=True)).float(), a, rtol=2e-3, atol=2e-3)
     dataset = CaptionDataset(both, augment="flip")
     drawn = [dataset[Sample(2, (), seed)][0] for seed in range(4)]
     assert [torch.equal(image, both.image(2)) for image in drawn] == [True, False, True, False]
-    assert torch.equal(drawn[1], both.image(2, mirrored=True))
+    assert torch.equal(drawn[1], both.image(2, View(mirrored=True)))
     with pytest.raises(ValueError, match=r"augment='crop': .*both.h5 stores annotation vectors; allowed: none, flip"):
         CaptionDataset(both, augment="crop")

@@ -142,7 +142,7 @@ def test_a_reader_travels_to_another_process_with_its_file_open(tiny_data):
 def test_workers_read_the_same_batches(tiny_data):
     data = CaptionData(tiny_data)
     data.image(0)  # open before the workers start
-    dataset = CaptionDataset(data, image_size=24, augment="crop_flip")
+    dataset = CaptionDataset(data, sides=(24,), augment="crop_flip")
     plan = batches_of(data)[:4]
     here = list(load_batches(dataset, plan, captions_per_image=3))
     there = list(load_batches(dataset, plan, captions_per_image=3, workers=2))
@@ -155,7 +155,7 @@ def test_workers_read_the_same_batches(tiny_data):
 def test_a_batch_holds_the_words_of_its_samples(tiny_data):
     data = CaptionData(tiny_data)
     sample = Sample(5, tuple(data.captions_of(5))[:2], 0)
-    batch = next(load_batches(CaptionDataset(data, image_size=32), [[sample]], captions_per_image=2))
+    batch = next(load_batches(CaptionDataset(data, sides=(32,)), [[sample]], captions_per_image=2))
     assert torch.equal(batch.images[0], data.image(5))
     found = sorted([i for i in row.tolist() if i not in (PAD, START, END)] for row in batch.words[0])
     assert found == sorted(data.words(caption).tolist() for caption in sample.captions)
@@ -163,7 +163,7 @@ def test_a_batch_holds_the_words_of_its_samples(tiny_data):
 
 @pytest.mark.parametrize("augment", ["flip", "crop", "crop_flip"])
 def test_augmentation_depends_on_the_seed_of_the_sample_only(tiny_data, augment):
-    dataset = CaptionDataset(CaptionData(tiny_data), image_size=32, augment=augment)
+    dataset = CaptionDataset(CaptionData(tiny_data), sides=(32,), augment=augment)
     first = [dataset[Sample(1, (), seed)][0] for seed in range(8)]
     torch.manual_seed(1)
     again = [dataset[Sample(1, (), seed)][0] for seed in reversed(range(8))][::-1]
@@ -172,7 +172,7 @@ def test_augmentation_depends_on_the_seed_of_the_sample_only(tiny_data, augment)
 
 
 def test_augmentation_leaves_the_global_generator_alone(tiny_data):
-    dataset = CaptionDataset(CaptionData(tiny_data), image_size=32, augment="crop_flip")
+    dataset = CaptionDataset(CaptionData(tiny_data), sides=(32,), augment="crop_flip")
     state = torch.get_rng_state()
     dataset[Sample(1, (), 5)]
     assert torch.equal(torch.get_rng_state(), state)
@@ -180,7 +180,7 @@ def test_augmentation_leaves_the_global_generator_alone(tiny_data):
 
 def test_a_flip_is_the_photo_or_its_mirror_image(tiny_data):
     data = CaptionData(tiny_data)
-    dataset = CaptionDataset(data, image_size=32, augment="flip")
+    dataset = CaptionDataset(data, sides=(32,), augment="flip")
     image = data.image(2)
     kinds = set()
     for seed in range(12):

@@ -41,7 +41,7 @@ def hard_settings(data: Path, output: Path, hard: HardConfig = ESTIMATORS[0], **
 
 def first_batch(settings: Settings):
     data = CaptionData(settings.data)
-    dataset = CaptionDataset(data, image_size=32)
+    dataset = CaptionDataset(data, sides=(32,))
     return next(load_batches(dataset, plan(settings, data, epoch=0), captions_per_image=5))[:2]
 
 

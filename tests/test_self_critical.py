@@ -67,7 +67,7 @@ def in_phase(run: Run) -> Run:
 
 
 def first_batch(run: Run) -> Batch:
-    dataset = CaptionDataset(run.data, image_size=32)
+    dataset = CaptionDataset(run.data, sides=(32,))
     batches = plan(run.settings, run.data, epoch=run.progress.epoch)
     return next(load_batches(dataset, batches, captions_per_image=run.settings.captions_per_image))
 

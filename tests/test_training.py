@@ -225,10 +225,11 @@ def test_training_says_plainly_when_attention_has_collapsed(tiny_data, tmp_path,
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_nearly_the_weights_of_one(tiny_data, tmp_path):
+@pytest.mark.parametrize("scales", [(), (48,)], ids=["one scale", "two scales"])
+def test_two_processes_train_to_nearly_the_weights_of_one(scales, tiny_data, tmp_path):
     # Without dropout, augmentation and batch statistics the gradients are the same up to the order of sums.
     changes = {
-        "encoder": dataclasses.replace(TINY["encoder"], batch_norm="frozen"),
+        "encoder": dataclasses.replace(TINY["encoder"], batch_norm="frozen", scales=scales),
         "decoder": dataclasses.replace(TINY["decoder"], dropout=0.0),
         "optimizer": OptimizerConfig(learning_rate=0.001, encoder_learning_rate=0.001),
         "augment": "none",
@@ -290,7 +291,7 @@ def test_training_lowers_the_loss_of_its_captions(tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path / "run", epochs=20, decoder=decoder, validation=validation)
     training.train(settings)
     data = CaptionData(tiny_data)
-    dataset = CaptionDataset(data, image_size=32)
+    dataset = CaptionDataset(data, sides=(32,))
     batch = next(load_batches(dataset, plan(settings, data, epoch=0), captions_per_image=5))
     output = load_checkpoint(tmp_path / "run" / "last").model(batch.images, batch.words)
     nll = word_nll(output.logits, output.targets).mean()
@@ -410,7 +411,7 @@ def test_eq_14_is_the_mean_over_words_and_the_mean_over_captions(tiny_data, tmp_
     run = start(settings)
     run.model.eval()
     data = CaptionData(tiny_data)
-    batches = load_batches(CaptionDataset(data, image_size=32), plan(settings, data, epoch=0), captions_per_image=5)
+    batches = load_batches(CaptionDataset(data, sides=(32,)), plan(settings, data, epoch=0), captions_per_image=5)
     images, words, _ = next(batches)
     words[1, 2:] = 0  # three captions less
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Encoder, region encoder and decoder together: pixels (or stored annotation vectors) and words in, logits out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float, Integer, Shaped
@@ -18,13 +19,23 @@ class CaptioningModel(nn.Module):
         encoder: photo -> annotation vectors.
         regions: annotation vectors -> annotation vectors.
         decoder: annotation vectors and words -> next words.
+        further: decoders of the encoder's further scales, one each: a picture of another size is another view, and
+            together they know more than any (`SearchConfig.multi_scale`).
     """
 
-    def __init__(self, encoder: Encoder, regions: RegionEncoder, decoder: Decoder):
+    def __init__(self, encoder: Encoder, regions: RegionEncoder, decoder: Decoder, further: Sequence[Decoder] = ()):
         super().__init__()
         self.encoder = encoder
         self.regions = regions
         self.decoder = decoder
+        self.further = nn.ModuleList(further)
+
+    def decoder_of(self, a: Float[Tensor, "N L D"]) -> Decoder:
+        """The decoder of the scale whose grid has these L locations."""
+        if not self.further:
+            return self.decoder
+        scale = [h * w for h, w in self.encoder.grids].index(a.shape[1])
+        return cast(Decoder, self.further[scale - 1]) if scale else self.decoder
 
     def annotate(self, images: Shaped[Tensor, "N ..."]) -> Float[Tensor, "N L D"]:
         """Annotation vectors of N images, given as uint8 pixels (N, 3, S, S) or as stored vectors (N, L, D)."""
@@ -45,7 +56,7 @@ class CaptioningModel(nn.Module):
         """
         a = self.annotate(images)
         a, words = (a, words) if isinstance(words, Tensor) else words(a)
-        return self.decoder(a, words)
+        return self.decoder_of(a)(a, words)
 
     @property
     def decoder_dtype(self) -> torch.dtype:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -59,6 +60,7 @@ class Encoder(nn.Module):
         grid: (h, w) of that map at `image_size`.
         dim: D.
         image_size: side of the input in pixels.
+        scales: further sides that it takes, and the grid at each.
         resample: the filter by which pictures get that size.
         train_from: None: frozen; "all"; or the first stage (a dotted name) that is trained.
         batch_norm: "frozen" keeps running statistics as they are, "train" updates them.
@@ -74,6 +76,7 @@ class Encoder(nn.Module):
         grid: tuple[int, int],
         dim: int,
         image_size: int,
+        scales: Mapping[int, tuple[int, int]] | None = None,
         resample: Resample = "bicubic",
         train_from: str | None = None,
         batch_norm: str = "frozen",
@@ -83,6 +86,8 @@ class Encoder(nn.Module):
         self.grid = grid
         self.dim = dim
         self.image_size = image_size
+        self.sides = (image_size, *(scales or {}))
+        self.grids = (grid, *(scales or {}).values())
         self.resample: Resample = resample
         self.batch_norm = batch_norm
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -117,7 +122,7 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, images: UInt8[Tensor, "N 3 S S"]) -> Float[Tensor, "N L D"]:
-        """Annotation vectors, row by row over the grid."""
+        """Annotation vectors, row by row over the grid of pictures of this size."""
         x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.network(x.contiguous(memory_format=torch.channels_last))["a"]
@@ -137,6 +142,8 @@ def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = No
         ConnectionError: torchvision could not download its weights; says what to do.
     """
     node = find_layer(config)
+    alike = dataclasses.replace(config, layer=node.name, grid=None, scales=())
+    nodes = {side: _find_scale(dataclasses.replace(alike, image_size=side)) for side in config.scales}
     network = _network(config.name)
     if state is None and config.weights is not None:
         _load(network, read_weights(config.name, config.weights), config.weights)
@@ -145,16 +152,27 @@ def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = No
         _load(cut, state, "the stored encoder")
     if config.train_from is not None:
         quicken(cut)
+    grids = [(node.height, node.width), *((other.height, other.width) for other in nodes.values())]
+    if len(set(grids)) < len(grids):
+        raise ValueError(f"encoder.scales={list(config.scales)}: each scale must have a grid of its own (got {grids})")
     encoder = Encoder(
         cut,
-        grid=(node.height, node.width),
+        grid=grids[0],
         dim=node.channels,
         image_size=config.image_size,
+        scales=dict(zip(config.scales, grids[1:], strict=True)),
         resample=config.resample,
         train_from=config.train_from,
         batch_norm=config.batch_norm,
     )
     return encoder.train(), dataclasses.replace(config, layer=node.name, grid=node.height)
+
+
+def _find_scale(config: EncoderConfig) -> SpatialNode:
+    try:
+        return find_layer(config)
+    except ValueError as error:
+        raise ValueError(f"encoder.scales: {config.image_size} pixels: {error}") from error
 
 
 def _network(name: str) -> nn.Module:
