@@ -16,8 +16,8 @@ from preprocess.__main__ import main as preprocess
 
 
 def make_data(path: Path, count: int) -> None:
-    """Annotation vectors (100, 320) of drawn pictures and of their mirror images, by a random MobileNetV2."""
-    encoder = "--encoder mobilenet_v2 --layer features.17 --weights null --mirror"
+    """Annotation vectors of drawn pictures and of their mirror images, by a random MobileNetV2, as the recipe wants."""
+    encoder = "--encoder mobilenet_v2 --layer features.17 --weights null --mirror --scales 224"
     words = f"shapes --count {count} --image-size 320 {encoder} --output".split()
     if preprocess([*words, str(path)]):
         raise ValueError("the data could not be made")

@@ -119,9 +119,15 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} was made with {there!r}")
     if data.encoder is None:
         return stored
-    for name in ("name", "layer", "grid", "image_size", "scales"):
+    if config.scales not in ((), stored.scales):
+        raise ValueError(
+            f"encoder.scales={list(config.scales)}, but {data.path} stores annotation vectors of {list(stored.sides)} "
+            "pixels; make it with preprocess --scales, or set --encoder.scales [] and, of the validation's search, "
+            "multi_scale false"
+        )
+    for name in ("name", "layer", "grid", "image_size"):
         wanted, there = getattr(config, name), getattr(stored, name)
-        if wanted not in (None, ()) and wanted != there and not str(there).startswith(f"{wanted}."):
+        if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
     if config.train_from is not None:
         raise ValueError(

@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -251,3 +252,18 @@ def test_the_lines_that_the_story_of_the_family_shows_are_those_of_the_code():
         code = "\n".join(line.strip() for line in text_of(ROOT / file).splitlines())
         for part in lines.strip().split("\n\n"):  # what stands between two methods may be left out
             assert "\n".join(line.strip() for line in part.splitlines()) in code, f"{file} has not {part!r}"
+
+
+def test_captioning_a_photo_needs_no_package_of_training():
+    """Who only captions may leave them out, as docs/architecture.md says."""
+    absent = ("h5py", "nltk", "accelerate", "pycocoevalcap")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+import numpy as np
+from captioning import load_captioner
+print(load_captioner("flickr8k-soft/fine").caption(np.zeros((40, 50, 3), np.uint8), beam_size=1, max_length=2)[0].text)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()

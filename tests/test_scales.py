@@ -277,6 +277,14 @@ def test_stored_vectors_of_two_scales_train_two_decoders(stored, tmp_path):
         assert not torch.equal(decoder.L_o.weight, new.L_o.weight)
 
 
+def test_scales_that_a_file_has_not_are_refused(tiny_annotations, stored, tmp_path):
+    for path, scales, sides in ((tiny_annotations, (48,), r"\[32\]"), (stored[1], (64,), r"\[32, 48\]")):
+        encoder = EncoderConfig(name="resnet18", image_size=32, scales=scales)
+        settings = tiny_settings(path, tmp_path / "run", encoder=encoder, augment="none")
+        with pytest.raises(ValueError, match=f"encoder.scales=.*, but {path} stores annotation vectors of {sides} pix"):
+            training.train(settings)
+
+
 def test_a_start_needs_as_many_decoders(two_scales, tiny_checkpoint, tiny_data, tmp_path):
     encoder = dataclasses.replace(TINY["encoder"], train_from=None, batch_norm="frozen")
     for start_from, scales, said in ((tiny_checkpoint, (48,), r"\(32,\)"), (two_scales, (), r"\(32, 48\)")):

@@ -11,7 +11,7 @@ import pytest
 from test_training import ROOT, TINY, tiny_settings, train_interrupted
 
 from captioning import training
-from captioning.config import SearchConfig, ValidationConfig
+from captioning.config import EncoderConfig, SearchConfig, ValidationConfig
 from captioning.run import start
 
 
@@ -33,8 +33,9 @@ def test_a_validation_that_the_model_cannot_make_is_refused_at_once(tiny_data, t
 
 def test_a_validation_with_mirrored_images_needs_their_vectors(tiny_annotations, tmp_path):
     validation = ValidationConfig(search=SearchConfig(mirror=True))
+    changes = {"encoder": EncoderConfig(name="resnet18", image_size=32), "augment": "none", "validation": validation}
     with pytest.raises(ValueError, match="holds no annotation vectors of mirrored images"):
-        start(tiny_settings(tiny_annotations, tmp_path / "run", augment="none", validation=validation))
+        start(tiny_settings(tiny_annotations, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
