@@ -314,8 +314,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError: it cannot be written, for instance to a full disk; names the file.
     """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors lets nobody but the owner read what it writes
     try:
         safetensors.torch.save_file(tensors, path)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path}: {one_line(error)}") from error
 

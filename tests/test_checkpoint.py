@@ -157,6 +157,16 @@ def test_every_decoder_comes_back(tiny_checkpoint, tmp_path, settings):
     assert torch.equal(logits(second), logits(first))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_who_may_read_a_checkpoint_is_the_umasks_business(tiny_checkpoint, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path / "x", load_checkpoint(tiny_checkpoint))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o666 & ~umask}
+
+
 def test_a_training_state_lies_beside_the_model(tiny_checkpoint, tmp_path):
     state = TrainingState({"optimizer/0/step": torch.tensor(3.0), "average/x": torch.ones(2)}, {"epoch": 1})
     save_checkpoint(tmp_path / "last", load_checkpoint(tiny_checkpoint), training=state)
