@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from captioning.config import LOCATIONS, SearchConfig, one_line
 from captioning.decoding import Hypothesis
 from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
-from captioning.model_config import View
+from captioning.model_config import Resample, View
 from captioning.models.captioner import CaptioningModel
 from captioning.models.multihead import show_head
 from captioning.tokenization import detokenize
@@ -35,8 +36,8 @@ class Caption:
         alphas: (T, h, w) float32 attention over the grid, each (h, w) sums to 1; None for a model without attention.
         betas: (T,) float32, the gate at each word; None for a model without.
         locations: (T, G) int64, the cells that hard attention looked at, counted row by row: `divmod(location, w)` is
-            one's row and column. G is 1; with `mirror`, `paths` and in ensembles as many as looked. None for a model
-            without hard attention, and where it was asked for the mean context.
+            one's row and column. G is 1; with `mirror`, `multi_scale`, `paths` and in ensembles as many as
+            looked. None for a model without hard attention, and where it was asked for the mean context.
         box: the part of the photo, in its pixels, that the grid covers.
         finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
         score: what alternatives are ranked by.
@@ -159,11 +160,14 @@ class Captioner:
     def _batch(self, photos: list[Image.Image], config: SearchConfig, generator: torch.Generator) -> list[Caption]:
         fit = self.ensemble.members[0].encoder.fit
 
+        @cache
+        def pixels(side: int, resample: Resample) -> Tensor:
+            squares = [to_array(to_square(photo, side, fit, resample)) for photo in photos]
+            return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+
         def load(model: CaptioningModel, view: View) -> Tensor:
-            encoder = model.encoder
-            squares = [to_square(photo, encoder.sides[view.scale], fit, encoder.resample) for photo in photos]
-            pixels = torch.from_numpy(np.stack([to_array(square) for square in squares])).permute(0, 3, 1, 2)
-            return (pixels.flip(-1) if view.mirrored else pixels).to(self.device)
+            images = pixels(model.encoder.sides[view.scale], model.encoder.resample)
+            return (images.flip(-1) if view.mirrored else images).to(self.device)
 
         found = caption_images(self.ensemble.models, load, config, generator=generator)
         captions = []

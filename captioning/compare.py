@@ -33,7 +33,7 @@ import torch
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
 from captioning.config import SearchConfig, Settings, from_dict, one_line, to_dict
-from captioning.data import SPLITS, Batch, CaptionData, load_batches
+from captioning.data import SPLITS, Batch, CaptionData, Sample, load_batches
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
 from captioning.files import fresh_file
@@ -116,7 +116,7 @@ def seconds_per_step(settings: Settings) -> float:
     """How long a step of training takes, by making some in a run that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         run = start(dataclasses.replace(settings, output=str(Path(folder) / "run"), resume=False))
-        batches = plan(settings, run.data, epoch=0)[: WARM + ROUNDS * TIMED]
+        batches = in_turns(plan(settings, run.data, epoch=0))[: WARM + ROUNDS * TIMED]
         dataset = training_set(run)
         options = {"captions_per_image": settings.captions_per_image, "workers": min(settings.workers, len(batches))}
         loader = load_batches(dataset, batches, **options)
@@ -127,6 +127,13 @@ def seconds_per_step(settings: Settings) -> float:
         if run.writer is not None:
             run.writer.close()
     return min(rounds)
+
+
+def in_turns(batches: Sequence[list[Sample]]) -> list[list[Sample]]:
+    """Batches of several scales, whose steps cost differently, one of each scale after the other."""
+    scales = sorted({batch[0].scale for batch in batches})
+    turns = itertools.zip_longest(*([batch for batch in batches if batch[0].scale == scale] for scale in scales))
+    return [batch for turn in turns for batch in turn if batch is not None]
 
 
 def _seconds(run: Run, batches: Iterator[Batch]) -> float | None:
@@ -316,12 +323,13 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
         )
     if options.picture:
         open_image(options.picture)  # so that a mistake is found before hours of training
-    search, output = SearchConfig(beam_size=options.beam_size), Path(options.output)
+    output = Path(options.output)
     todo = systems(options.recipes, list(dict.fromkeys(options.seeds)), options.data, output, overrides)
     rows: list[Row] = []
     for number, system in enumerate(todo, 1):
         print(f"{number} of {len(todo)}: {system.name}, seed {system.settings.seed}", flush=True)
         limits = {"minutes": options.budget, "split": options.split, "limit": options.limit}
+        search = SearchConfig(beam_size=options.beam_size, multi_scale=bool(system.settings.encoder.scales))
         rows.append(run_system(system, search=search, **limits))
         if options.picture:
             print(f"{options.picture}\t{draw_look(system, options.picture, search)}", flush=True)

@@ -241,8 +241,9 @@ class Settings:
         data: HDF5 file made by `python -m preprocess`.
         output: folder of the run: best/ and last/ checkpoints, TensorBoard curves, settings.
         resume: go on where the run in `output` stopped, bit for bit.
-        init_from: checkpoint folder to start from, with the same words, decoder and region encoder (dropout, and soft
-            against hard attention, may differ); its encoder, too, unless the data file stores annotation vectors.
+        init_from: checkpoint folder to start from, with the same words, as many scales, the same decoder and region
+            encoder (dropout, and soft against hard attention, may differ); its encoder, too, unless the data file
+            stores annotation vectors.
         encoder: the CNN; must agree with the data file when that stores annotation vectors.
         region_encoder: what lies between the two.
         decoder: the language model.
@@ -375,6 +376,8 @@ def check_fields(kind: type, values: Any, where: str) -> None:
     for name, value in values.items():
         if name not in types:
             raise ValueError(f"{where}: no setting is called {name!r}; there are {', '.join(types)}")
+        if value is None and type(None) not in get_args(types[name]):
+            raise ValueError(f"{where}: {name} must not be null")
         if dataclasses.is_dataclass(types[name]):
             check_fields(cast(type, types[name]), value, f"{where}.{name}")
 

@@ -4,6 +4,7 @@ docs/data_formats.md shows the layout. `preprocess.build` writes it with the nam
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,8 @@ class CaptionData:
         self._raw: list[bytes] = list(file[RAW][()])
         self._check_tables()
         self.kind = PIXELS if PIXELS in file else ANNOTATIONS
+        if not isinstance(file[self.kind], h5py.Dataset):
+            raise ValueError(f"{self.path}: {self.kind}: must hold numbers, and is a group")
         self.image_shape: tuple[int, ...] = tuple(file[self.kind].shape[1:])
         if len(file[self.kind]) != len(self.names):
             raise ValueError(f"{self.path}: {self.kind}: {len(file[self.kind])} images, but {len(self.names)} names")
@@ -103,19 +106,24 @@ class CaptionData:
             self.grid = (int(file[ANNOTATIONS].attrs["grid"][0]), int(file[ANNOTATIONS].attrs["grid"][1]))
             config = json.loads(file[ENCODER].attrs["config"])
             self.encoder = from_dict(EncoderConfig, config, f"{self.path}: encoder")
-            self._check_scales(file, self.encoder)
+            self._check_views(file, self.encoder)
 
-    def _check_scales(self, file: h5py.File, encoder: EncoderConfig) -> None:
-        """The vectors of every scale must be there, and have the size of the others."""
-        for scale in range(1, len(encoder.sides)):
+    def _check_views(self, file: h5py.File, encoder: EncoderConfig) -> None:
+        """The vectors of every view must be there, as many as its grid has places, and no two scales have one grid."""
+        grids = set()
+        for scale in range(len(encoder.sides)):
             for mirrored in (False, True) if self.mirrored else (False,):
                 name = annotations_name(encoder, View(scale, mirrored))
-                shape = file[name].shape
-                if len(shape) != 3 or (shape[0], shape[2]) != (len(self.names), self.image_shape[1]):
+                shape = file[name].shape if isinstance(file[name], h5py.Dataset) else ()
+                grid = tuple(int(side) for side in file[name].attrs["grid"])
+                if shape != (len(self.names), math.prod(grid), self.image_shape[-1]):
                     raise ValueError(
-                        f"{self.path}: {name}: must be {len(self.names)} images of vectors of "
-                        f"{self.image_shape[1]} (got {shape})"
+                        f"{self.path}: {name}: must be {len(self.names)} images with vectors of {self.image_shape[-1]} "
+                        f"numbers on a grid of {grid} (got {shape})"
                     )
+            grids.add(grid)
+        if len(grids) < len(encoder.sides):
+            raise ValueError(f"{self.path}: {ENCODER}: each scale must have a grid of its own")
 
     def _check_tables(self) -> None:
         """Every index must point at something."""
@@ -235,7 +243,8 @@ def plan_epoch(
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     if scales == 1:
         return batches
-    at = rng.permutation(len(batches)) % scales
+    turn = epoch if len(batches) < scales else 0  # so that each scale has its turn at last
+    at = (rng.permutation(len(batches)) + turn) % scales
     return [[sample._replace(scale=int(k)) for sample in batch] for k, batch in zip(at, batches, strict=True)]
 
 

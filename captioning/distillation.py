@@ -11,6 +11,7 @@ from jaxtyping import Float, Integer, Shaped, UInt8
 from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
+from captioning.config import EncoderConfig
 from captioning.data import CaptionData, build_augmentation
 from captioning.evaluate import check_same_task
 from captioning.losses import by_word
@@ -73,12 +74,15 @@ def _alike(first: Encoder, second: Encoder) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def load_teachers(paths: Sequence[str], data: CaptionData, *, device: str | torch.device) -> Teachers | None:
+def load_teachers(
+    paths: Sequence[str], data: CaptionData, encoder: EncoderConfig, *, device: str | torch.device
+) -> Teachers | None:
     """The teachers of a run; None if it has none.
 
     Args:
         paths: as for `load_captioner`.
         data: what the student learns from; annotation vectors must be of the teachers' encoder.
+        encoder: of the student; to annotation vectors of each of its scales the teachers must have something to say.
         device: of the run.
 
     Raises:
@@ -89,5 +93,10 @@ def load_teachers(paths: Sequence[str], data: CaptionData, *, device: str | torc
     for path in paths:
         checkpoint = load_checkpoint(checkpoint_folder(path))
         check_same_task(checkpoint, data, f"distillation.teachers: {path}")
+        if data.encoder is not None and not set(encoder.sides) <= set(checkpoint.encoder.sides):
+            raise ValueError(
+                f"distillation.teachers: {path}: learned from pictures of {checkpoint.encoder.sides} pixels, and "
+                f"encoder.image_size with encoder.scales asks for {encoder.sides}"
+            )
         models.append(checkpoint.model.to(device))
     return Teachers(models) if models else None

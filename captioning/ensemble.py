@@ -37,7 +37,8 @@ def build_ensemble(members: Sequence[str], *, mirror: bool = False) -> Ensemble:
     if len(set(names)) < len(names):
         raise ValueError(f"each member needs a name of its own (got {', '.join(names)})")
     found = tuple(load_checkpoint(checkpoint_folder(path)) for _, path in pairs)
-    return Ensemble(found, dataclasses.replace(found[0].search, mirror=mirror or found[0].search.mirror), names)
+    own, several = found[0].search, any(member.search.multi_scale for member in found)
+    return Ensemble(found, dataclasses.replace(own, mirror=mirror or own.mirror, multi_scale=several), names)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -112,10 +112,11 @@ def check_views(data: CaptionData, config: SearchConfig, encoders: Sequence[Enco
             "not look at them (--no-mirror; in training --validation.search.mirror false)"
         )
     stored = None if data.encoder is None else data.encoder.sides
-    if config.multi_scale and stored is not None and any(encoder.sides != stored for encoder in encoders):
+    wanted = {encoder.sides for encoder in encoders if len(encoder.sides) > 1}
+    if config.multi_scale and stored is not None and wanted != {stored}:
         raise ValueError(
-            f"{data.path}: holds annotation vectors of pictures of {stored} pixels, and the model's have "
-            f"{encoders[0].sides}; make it with preprocess --scales, or take --no-multi-scale"
+            f"{data.path}: holds annotation vectors of pictures of {stored} pixels, and the model learned from "
+            f"{', '.join(map(str, wanted))}; make it with preprocess --scales, or take --no-multi-scale"
         )
 
 

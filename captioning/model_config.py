@@ -54,7 +54,7 @@ class EncoderConfig:
         if not (one_by_one and all(0 < side <= MAX_SIDE for side in self.scales)):
             raise ValueError(
                 f"scales must be fewer than {MAX_SCALES} different sides of up to {MAX_SIDE} pixels, none of them "
-                f"image_size={self.image_size} (got {list(self.scales)})"
+                f"image_size={self.image_size} (got {list(self.scales[:MAX_SCALES])})"
             )
 
     @property

@@ -129,17 +129,17 @@ def start(settings: Settings) -> Run:
         raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
     AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
     data = CaptionData(settings.data)
-    several = len((data.encoder or settings.encoder).scales) > 0  # whose decoders have turns
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         cpu=not torch.accelerator.is_available(),  # torchrun's processes find each other on CPUs only when told
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=several)],
+        # the decoders of several scales have turns
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(settings.encoder.scales))],
     )
     torch.manual_seed(settings.seed)
     last = left_last(settings, state, data)
     model, encoder = start_model(settings, data, last)
     baseline = start_baseline(settings)
-    teachers = load_teachers(settings.distillation.teachers, data, device=accelerator.device)
+    teachers = load_teachers(settings.distillation.teachers, data, encoder, device=accelerator.device)
     optimizer = build_optimizer(model, settings.optimizer, baseline)
     average = moving_average(model, settings.optimizer.average_decay) if settings.optimizer.average_decay else None
     progress = Progress()
@@ -246,7 +246,7 @@ def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Samp
         seed=settings.seed,
         epoch=epoch,
         every_caption=epoch < settings.likelihood_epochs,
-        scales=len((data.encoder or settings.encoder).sides),
+        scales=len(settings.encoder.sides),
     )
     return batches[: max(settings.max_steps - epoch * len(batches), 0)] if settings.max_steps else batches
 

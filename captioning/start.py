@@ -24,7 +24,7 @@ def start_model(
     first = last
     if first is None and settings.init_from is not None:
         first = load_checkpoint(checkpoint_folder(settings.init_from))
-        check_start(settings, data, first)
+        check_start(settings, data, first, encoder)
     if data.kind == ANNOTATIONS:
         encoder_state = data.encoder_state()
     elif first is not None:
@@ -41,18 +41,18 @@ def start_model(
     return model, encoder
 
 
-def check_start(settings: Settings, data: CaptionData, first: Checkpoint) -> None:
+def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encoder: EncoderConfig) -> None:
     """What `init_from` has learned must be of use here.
 
     Raises:
         ValueError: other words, another decoder, vectors of another encoder.
     """
     check_same_task(first, data, f"init_from={settings.init_from}", images=data.kind == ANNOTATIONS)
-    sides = (data.encoder or settings.encoder).sides
-    if len(first.encoder.sides) != len(sides):
+    theirs, ours = first.encoder.sides, encoder.sides
+    if len(theirs) != len(ours) or (theirs != ours and set(theirs) == set(ours)):
         raise ValueError(
-            f"init_from={settings.init_from}: it has decoders for pictures of {first.encoder.sides} pixels, and "
-            f"encoder.scales with image_size asks for {sides}"
+            f"init_from={settings.init_from}: it has decoders for pictures of {theirs} pixels, and encoder.image_size "
+            f"with encoder.scales asks for {ours}"
         )
     free = [name for name in vars(first.decoder) if "dropout" in name]
     if {first.decoder.attention, settings.decoder.attention} == {"soft", "hard"}:  # they have the same parameters
@@ -122,8 +122,8 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
     if config.scales not in ((), stored.scales):
         raise ValueError(
             f"encoder.scales={list(config.scales)}, but {data.path} stores annotation vectors of {list(stored.sides)} "
-            "pixels; make it with preprocess --scales, or set --encoder.scales [] and, of the validation's search, "
-            "multi_scale false"
+            "pixels; make it with preprocess --scales, or leave the first size alone: --encoder.scales [], and of the "
+            "validation's search multi_scale false"
         )
     for name in ("name", "layer", "grid", "image_size"):
         wanted, there = getattr(config, name), getattr(stored, name)
@@ -133,4 +133,4 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
         raise ValueError(
             f"encoder.train_from={config.train_from!r} needs pixels; {data.path} stores annotation vectors"
         )
-    return stored
+    return dataclasses.replace(stored, scales=config.scales)

@@ -90,16 +90,14 @@ def load_ensemble(folder: str | Path) -> Ensemble:
         FileNotFoundError, ValueError: as `load_checkpoint`; members that cannot speak with one voice.
     """
     folder = Path(folder)
-    names = ensemble_members(folder)
-    if not names:
-        return Ensemble.of(load_checkpoint(folder))
-    path = folder / "config.json"
-    search = from_dict(SearchConfig, read_json(path).get("search", {}), f"{path}: search")
-    members = tuple(load_checkpoint(folder / name) for name in names)
+    path, names = folder / "config.json", ensemble_members(folder)
+    members = tuple(load_checkpoint(folder / name) for name in names or [""])
+    own = from_dict(SearchConfig, read_json(path).get("search", {}), f"{path}: search")
     try:
-        return Ensemble(members, search, names)
+        check_scales([member.encoder for member in members], own)
+        return Ensemble(members, own, names)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check_scales(encoders: Sequence[Encoder | EncoderConfig], config: SearchConfig) -> None:
@@ -109,7 +107,7 @@ def check_scales(encoders: Sequence[Encoder | EncoderConfig], config: SearchConf
         ValueError: there is none.
     """
     if config.multi_scale and all(len(encoder.sides) == 1 for encoder in encoders):
-        raise ValueError("multi_scale: no model learned from pictures of several sizes (encoder.scales)")
+        raise ValueError("multi_scale: no model learned from pictures of several sizes (it would have encoder.scales)")
 
 
 def views(model: CaptioningModel, config: SearchConfig) -> list[View]:

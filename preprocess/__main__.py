@@ -80,10 +80,11 @@ def _run(options: argparse.Namespace) -> Summary:
 
 
 def _settings(options: argparse.Namespace, trained: EncoderConfig | None) -> BuildSettings:
-    """The settings given; size and fit, when they are not, are those that a checkpoint's encoder was trained with."""
+    """The settings given; sizes and fit, when they are not, are those that a checkpoint's encoder was trained with."""
     values = given(options, BuildSettings)
     if trained is not None:
-        values = {"image_size": trained.image_size, "scales": trained.scales, "fit": trained.fit, **values}
+        sizes = {} if "image_size" in values else {"image_size": trained.image_size, "scales": trained.scales}
+        values = {**sizes, "fit": trained.fit, **values}
     return BuildSettings(**{**values, "scales": tuple(values.get("scales", ()))})
 
 

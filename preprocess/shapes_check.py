@@ -117,15 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
         check_fits(checkpoint, data)
-        if data.image_shape[0] % checkpoint.model.encoder.grid[0]:
+        grid = max(checkpoint.model.encoder.grids)  # all scales speak, and are heard on the finest grid
+        if data.image_shape[0] % grid[0]:
             raise ValueError(
                 f"{options.data}: its {data.image_shape[0]} pixels are no multiple of the attention's grid"
             )
         instances = read_json(options.data.with_suffix(".instances.json"))
-        search = SearchConfig(beam_size=options.beam_size, location=options.location)
+        several = len(checkpoint.encoder.sides) > 1
+        search = SearchConfig(beam_size=options.beam_size, location=options.location, multi_scale=several)
         indices = data.indices(options.split).tolist()
         captions = caption_split(checkpoint.model, data, indices, checkpoint.vocabulary, search)
-        report = check(captions, checkpoint.model.encoder.grid, instances)
+        report = check(captions, grid, instances)
     except KeyError as error:
         print(f"shapes_check: {options.data.with_suffix('.instances.json')}: has no {error}", file=sys.stderr)
         return 2

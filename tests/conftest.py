@@ -1,9 +1,11 @@
 """Shared fixtures; shapes of tensors are checked in every test."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 install_import_hook(["captioning", "preprocess"], "beartype.beartype")
 
 from captioning.checkpoint import Checkpoint, build_model, save_checkpoint  # noqa: E402  hooked imports come after
-from captioning.config import DecoderConfig, EncoderConfig  # noqa: E402
+from captioning.config import DecoderConfig, EncoderConfig, SearchConfig  # noqa: E402
 from captioning.data import CaptionData  # noqa: E402
 from captioning.vocabulary import END, START  # noqa: E402
 from preprocess.build import BuildSettings, build  # noqa: E402
@@ -54,7 +56,7 @@ def command() -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data file with the pixels of 40 scenes of the shapes world at 32 px: 32 train, 4 val, 4 test."""
-    return _build_shapes(tmp_path_factory.mktemp("data") / "pixels.h5", None)
+    return build_shapes(tmp_path_factory.mktemp("data") / "pixels.h5", None)
 
 
 @pytest.fixture
@@ -66,7 +68,28 @@ def photo(tiny_data: Path) -> Image.Image:
 @pytest.fixture(scope="session")
 def tiny_annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same scenes as `tiny_data`, stored as annotation vectors (16, 128) of TINY_ENCODER."""
-    return _build_shapes(tmp_path_factory.mktemp("data") / "annotations.h5", TINY_ENCODER)
+    return build_shapes(tmp_path_factory.mktemp("data") / "annotations.h5", TINY_ENCODER)
+
+
+@pytest.fixture(scope="session")
+def tiny_scales(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same scenes as vectors of two scales, (16, 128) at 32 pixels and (36, 128) at 48, and of mirror images."""
+    output = tmp_path_factory.mktemp("data") / "scales.h5"
+    return build_shapes(output, TINY_ENCODER, scales=(48,), mirror=True)
+
+
+@pytest.fixture(scope="session")
+def two_scales(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The folder of an untrained model that looks at 32 and at 48 pixels, and searches with both."""
+    vocabulary = CaptionData(tiny_data).vocabulary
+    torch.manual_seed(7)
+    model, encoder = build_model(dataclasses.replace(TINY_ENCODER, scales=(48,)), TINY_DECODER, len(vocabulary))
+    for decoder in (model.decoder, *model.further):
+        make_talkative(decoder)
+    folder = tmp_path_factory.mktemp("checkpoint") / "two"
+    search = SearchConfig(multi_scale=True)
+    save_checkpoint(folder, Checkpoint(model, encoder, TINY_DECODER, vocabulary, search=search))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -102,8 +125,9 @@ def make_talkative(decoder: nn.Module) -> None:
         weights["L_o.weight"][END, 0] = 20
 
 
-def _build_shapes(output: Path, encoder: EncoderConfig | None) -> Path:
-    settings = BuildSettings(image_size=TINY_ENCODER.image_size, min_count=1)
+def build_shapes(output: Path, encoder: EncoderConfig | None, **options: Any) -> Path:
+    """A data file of 40 scenes: pixels, or annotation vectors of an encoder."""
+    settings = BuildSettings(image_size=TINY_ENCODER.image_size, min_count=1, **options)
     source = {"name": "shapes", "count": 40, "seed": 0}
     build(shapes(40, seed=0), source, settings, output=output, encoder=encoder, device="cpu", workers=0)
     return output

@@ -12,8 +12,8 @@ import torch
 
 from captioning import compare, load_captioner, training
 from captioning.checkpoint import load_checkpoint
-from captioning.compare import COLUMNS, Row, as_csv, as_markdown, main, with_means
-from captioning.data import CaptionData
+from captioning.compare import COLUMNS, Row, as_csv, as_markdown, in_turns, main, with_means
+from captioning.data import CaptionData, Sample
 from captioning.metrics import score
 from captioning.models.regions import build_region_encoder
 from captioning.models.registry import build_decoder
@@ -177,6 +177,23 @@ def test_the_time_of_a_step_is_measured_in_a_run_that_leaves_nothing_behind(path
     settings = parse_settings(["--config", paths[1], "--data", str(tiny_annotations), "--output", str(tmp_path / "x")])
     assert 0 < compare.seconds_per_step(settings) < 60
     assert not (tmp_path / "x").exists()
+
+
+def test_the_time_of_a_step_is_that_of_all_scales():
+    batches = [[Sample(i, (), 0, scale=scale)] for i, scale in enumerate((0, 0, 0, 1, 1, 2, 0))]
+    assert [batch[0].scale for batch in in_turns(batches)] == [0, 1, 2, 0, 1, 0, 0]
+    assert sorted(batch[0].image for batch in in_turns(batches)) == list(range(7))
+    assert in_turns(batches[:3]) == batches[:3]
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_system_of_two_scales_is_scored_with_both(paths, tiny_scales, tmp_path):
+    recipe, output = Path(paths[1]), tmp_path / "c"
+    recipe.write_text(recipe.read_text().replace("image_size: 32", "image_size: 32, scales: [48]"))
+    words = ["--data", tiny_scales, "--recipes", recipe, "--budget", 0.05, "--beam-size", 2, "--output", output]
+    assert main([str(word) for word in words]) == 0
+    known = json.loads((output / "looks" / "seed0" / "result.json").read_text())
+    assert known["asked"]["search"]["multi_scale"] is True
 
 
 def test_a_budget_below_one_step_is_one_step(call, tmp_path, monkeypatch):

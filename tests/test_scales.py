@@ -11,42 +11,30 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DECODER, TINY_ENCODER, make_talkative
+from conftest import TINY_DECODER, TINY_ENCODER
 from PIL import Image
 from test_build import ENCODER, command, photos
-from test_training import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
+from test_training import TINY, same_bits, tiny_settings
 from torchvision.transforms.v2 import functional as resizing
 
 from captioning import load_captioner, training
-from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
-from captioning.config import DistillationConfig, EncoderConfig, RegionEncoderConfig, SearchConfig, SelfCriticalConfig
+from captioning.checkpoint import build_model, load_checkpoint
+from captioning.config import (
+    RegionEncoderConfig,
+    SearchConfig,
+)
 from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch, shard
 from captioning.decoding import search
-from captioning.distillation import Teachers
+from captioning.ensemble import main as ensemble_main
 from captioning.evaluate import evaluate
 from captioning.evaluate import main as evaluate_main
 from captioning.model_config import View
 from captioning.models.encoder import build_encoder
-from captioning.run import start
-from captioning.voices import Ensemble
+from captioning.voices import Ensemble, load_ensemble
 from preprocess.__main__ import main as preprocess_main
 
 BOTH = dataclasses.replace(TINY_ENCODER, scales=(48,))
 """4x4 places at 32 pixels, 6x6 at 48."""
-
-
-@pytest.fixture(scope="module")
-def two_scales(tiny_data, tmp_path_factory):
-    """The folder of an untrained model that looks at 32 and at 48 pixels."""
-    data = CaptionData(tiny_data)
-    torch.manual_seed(7)
-    model, encoder = build_model(BOTH, TINY_DECODER, len(data.vocabulary))
-    for decoder in (model.decoder, *model.further):
-        make_talkative(decoder)
-    folder = tmp_path_factory.mktemp("scales") / "two"
-    search_of_its_own = SearchConfig(multi_scale=True)
-    save_checkpoint(folder, Checkpoint(model, encoder, TINY_DECODER, data.vocabulary, search=search_of_its_own))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +60,8 @@ def test_each_scale_has_a_grid_and_a_decoder_of_its_own():
     decoders = [model.decoder_of(model.annotate(torch.zeros(1, 3, side, side).byte())) for side in (32, 48, 64)]
     assert decoders == [model.decoder, *model.further]
     assert len({id(decoder) for decoder in decoders}) == 3
+    with pytest.raises(ValueError, match="49 annotation vectors are of no grid of the encoder"):
+        model.decoder_of(torch.zeros(1, 49, 128))
     with pytest.raises(ValueError, match=r"encoder.scales=\[30\]: each scale must have a grid of its own \(got .*4"):
         build_encoder(dataclasses.replace(TINY_ENCODER, scales=(30,)))
     with pytest.raises(ValueError, match=r"encoder.scales: 8 pixels: encoder.layer='layer2.1.relu_1' is no"):
@@ -101,6 +91,14 @@ def test_the_batches_are_dealt_to_the_scales(tiny_data):
     assert dealt != plan_epoch(data, "train", **{**options, "epoch": 3}, scales=3)
     parts = shard([*dealt[:-1], dealt[-1][:1]], 1, 2)  # of the last batch this process has nothing
     assert [{sample.scale for sample in part} for part in parts] == [{batch[0].scale} for batch in dealt]
+
+
+@pytest.mark.parametrize(("batches", "scales"), [(1, 2), (1, 3), (2, 3)])
+def test_every_scale_has_its_turn_also_in_short_epochs(batches, scales, tiny_data):
+    options = {"captions_per_image": 5, "batch_size": -(-32 // batches), "seed": 0, "scales": scales}
+    epochs = [plan_epoch(CaptionData(tiny_data), "train", epoch=epoch, **options) for epoch in range(12)]
+    assert {len(epoch) for epoch in epochs} == {batches}
+    assert {batch[0].scale for epoch in epochs for batch in epoch} == set(range(scales))
 
 
 def test_pixels_become_the_size_of_their_scale(tiny_data):
@@ -133,15 +131,43 @@ def test_the_vectors_of_every_scale_and_view_are_stored(stored):
 
 
 def test_a_file_that_lacks_a_scale_is_named(stored, tmp_path):
-    for name, change in {"image/mirrored_48": None, "image/annotations_48": np.zeros((12, 36, 5), np.float16)}.items():
+    for name, change, message in (
+        ("image/mirrored_48", None, "mirrored_48"),
+        (
+            "image/annotations_48",
+            (12, 36, 5),
+            r"annotations_48: must be 12 images with .* \(6, 6\) \(got \(12, 36, 5\)\)",
+        ),
+        (
+            "image/annotations_48",
+            (12, 35, 128),
+            r"annotations_48: must be 12 images with vectors of 128 numbers on a grid",
+        ),
+        ("image/mirrored", (12, 9, 128), r"image/mirrored: must be 12 images with vectors .* \(4, 4\) \(got \(12, 9"),
+        ("image/annotations", (12, 16), r"image/annotations: must be 12 images with"),
+        ("image/annotations", "group", "image/annotations: must hold numbers, and is a group"),
+        ("image/annotations_48", "group", r"image/annotations_48: must be 12 images .*\(got \(\)\)"),
+    ):
         broken = tmp_path / "broken.h5"
         shutil.copy(stored[1], broken)
         with h5py.File(broken, "a") as file:
+            attributes = dict(file[name].attrs)
             del file[name]
             if change is not None:
-                file[name] = change
-        with pytest.raises(ValueError, match=f"{broken}: .*{name.split('/')[1]}"):
+                new = file.create_group(name) if change == "group" else file.create_dataset(name, change, np.float16)
+                new.attrs.update(attributes)
+        with pytest.raises(ValueError, match=f"{broken}: .*{message}"):
             CaptionData(broken)
+
+
+def test_two_scales_of_one_grid_are_refused(stored, tmp_path):
+    shutil.copy(stored[1], tmp_path / "same.h5")
+    with h5py.File(tmp_path / "same.h5", "a") as file:
+        for name in ("image/annotations", "image/mirrored"):
+            del file[f"{name}_48"]
+            file.copy(name, f"{name}_48")
+    with pytest.raises(ValueError, match=r"same\.h5: encoder: each scale must have a grid of its own"):
+        CaptionData(tmp_path / "same.h5")
 
 
 def test_preprocess_says_what_scales_need(stored, tmp_path, capsys):
@@ -159,8 +185,15 @@ def test_preprocess_says_what_scales_need(stored, tmp_path, capsys):
 
 def test_a_checkpoints_scales_are_its_features_too(stored, two_scales, tmp_path):
     root, _ = stored
-    words = command(root, tmp_path / "d.h5", "--encoder", str(two_scales), "--device", "cpu", "--vocabulary")
-    assert preprocess_main([*words, str(two_scales)]) == 0
+    words = command(root, tmp_path / "d.h5", "--encoder", str(two_scales), "--device", "cpu")
+    assert preprocess_main(words) == 0  # with --image-size, which is one of its scales: that alone
+    assert CaptionData(tmp_path / "d.h5").encoder.sides == (32,)
+    larger = ["48" if before == "--image-size" else word for before, word in zip(["", *words], words, strict=False)]
+    assert preprocess_main([*larger, "--overwrite"]) == 0
+    assert CaptionData(tmp_path / "d.h5").encoder.sides == (48,)
+    at = words.index("--image-size")
+    words = [*words[:at], *words[at + 2 :], "--overwrite", "--vocabulary", str(two_scales)]
+    assert preprocess_main(words) == 0
     data = CaptionData(tmp_path / "d.h5")
     assert data.encoder.sides == (32, 48)
     config = SearchConfig(multi_scale=True, mirror=False)
@@ -168,9 +201,9 @@ def test_a_checkpoints_scales_are_its_features_too(stored, two_scales, tmp_path)
     captions = load_captioner(two_scales).caption([root / name for name in found])
     for caption, evaluated in zip(captions, found.values(), strict=True):
         assert caption.log_probs == pytest.approx(evaluated.hypothesis.log_probs[: len(caption.words)], abs=0.05)
-    assert preprocess_main([*words, str(two_scales), "--scales", "--overwrite"]) == 0
+    assert preprocess_main([*words, "--scales"]) == 0
     assert CaptionData(tmp_path / "d.h5").encoder.sides == (32,)
-    with pytest.raises(ValueError, match=r"of pictures of \(32,\) pixels, and the model's have \(32, 48\); make it"):
+    with pytest.raises(ValueError, match=r"of pictures of \(32,\) pixels, and the model learned from \(32, 48\); m"):
         evaluate(load_checkpoint(two_scales), CaptionData(tmp_path / "d.h5"), "train", config)
     evaluate(load_checkpoint(two_scales), CaptionData(tmp_path / "d.h5"), "train", SearchConfig(), tokenizer="python")
 
@@ -223,100 +256,28 @@ def test_an_ensemble_may_have_members_of_one_scale(two_scales, tiny_checkpoint, 
     np.testing.assert_allclose(caption.alphas.sum((1, 2)), 1, atol=1e-5)
 
 
-def scaled(data, output, **changes):
-    """Settings of a run that looks at 32 and at 48 pixels."""
-    encoder = dataclasses.replace(TINY["encoder"], scales=(48,))
-    validation = dataclasses.replace(
-        TINY["validation"], search=SearchConfig(beam_size=2, max_length=8, multi_scale=True)
-    )
-    return tiny_settings(data, output, **{"encoder": encoder, "validation": validation, **changes})
-
-
-def test_a_step_teaches_the_decoder_of_its_scale_alone(tiny_data, tmp_path):
-    run = start(scaled(tiny_data, tmp_path / "run"))
-    batches = training.plan(run.settings, run.data, epoch=0)
-    batch = next(training.load_batches(training.training_set(run), batches, captions_per_image=5))
-    scale = batches[0][0].scale
-    assert batch.images.shape[-1] == (32, 48)[scale]
-    before = [{n: x.clone() for n, x in d.state_dict().items()} for d in (run.model.decoder, *run.model.further)]
-    encoder = {name: x.clone() for name, x in run.model.encoder.state_dict().items()}
-    training.train_step(run, batch)
-    changed = [
-        not same_bits(old, dict(decoder.state_dict()))
-        for old, decoder in zip(before, (run.model.decoder, *run.model.further), strict=True)
-    ]
-    assert changed == [scale == 0, scale == 1]
-    assert not same_bits(encoder, dict(run.model.encoder.state_dict()))
-
-
-@pytest.mark.parametrize("stop_after", [1, 4, 6])
-def test_a_run_of_two_scales_interrupted_and_resumed_ends_with_the_same_bits(stop_after, tiny_data, tmp_path):
-    training.train(scaled(tiny_data, tmp_path / "whole"))
-    settings = scaled(tiny_data, tmp_path / "run")
-    train_interrupted(settings, stop_after)
-    training.train(dataclasses.replace(settings, resume=True))
-    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(tmp_path / "whole"))
-    best = load_checkpoint(tmp_path / "whole" / "best")
-    assert (best.encoder.sides, best.search.multi_scale) == ((32, 48), True)
-    assert best.model.encoder.grids == ((4, 4), (6, 6))
-
-
-def test_stored_vectors_of_two_scales_train_two_decoders(stored, tmp_path):
-    settings = scaled(
-        stored[1], tmp_path / "run", encoder=EncoderConfig(name="resnet18", image_size=32), augment="flip"
-    )
-    critical = SelfCriticalConfig(epochs=1, samples=2, max_length=4)
-    training.train(dataclasses.replace(settings, self_critical=critical, batch_size=2))
-    trained = load_checkpoint(tmp_path / "run" / "last")
-    assert trained.encoder.sides == (32, 48)
-    torch.manual_seed(settings.seed)
-    fresh = start(dataclasses.replace(settings, output=str(tmp_path / "fresh"))).model
-    for decoder, new in zip(
-        (trained.model.decoder, *trained.model.further), (fresh.decoder, *fresh.further), strict=True
+def test_a_checkpoint_that_cannot_search_as_it_says_is_named(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "x"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["search"]["multi_scale"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"{folder}/config.json: multi_scale: no model learned from pictures of several"
     ):
-        assert not torch.equal(decoder.L_o.weight, new.L_o.weight)
+        load_captioner(folder)
+    for scales, message in (
+        (None, r"config.json: encoder: scales must not be null"),
+        ([1] * 10**5, "fewer than 8"),
+    ):
+        config["encoder"]["scales"] = scales
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message) as error:
+            load_captioner(folder)
+        assert len(str(error.value)) < 500
 
 
-def test_scales_that_a_file_has_not_are_refused(tiny_annotations, stored, tmp_path):
-    for path, scales, sides in ((tiny_annotations, (48,), r"\[32\]"), (stored[1], (64,), r"\[32, 48\]")):
-        encoder = EncoderConfig(name="resnet18", image_size=32, scales=scales)
-        settings = tiny_settings(path, tmp_path / "run", encoder=encoder, augment="none")
-        with pytest.raises(ValueError, match=f"encoder.scales=.*, but {path} stores annotation vectors of {sides} pix"):
-            training.train(settings)
-
-
-def test_a_start_needs_as_many_decoders(two_scales, tiny_checkpoint, tiny_data, tmp_path):
-    encoder = dataclasses.replace(TINY["encoder"], train_from=None, batch_norm="frozen")
-    for start_from, scales, said in ((tiny_checkpoint, (48,), r"\(32,\)"), (two_scales, (), r"\(32, 48\)")):
-        settings = scaled(
-            tiny_data,
-            tmp_path / "run",
-            encoder=dataclasses.replace(encoder, scales=scales),
-            decoder=dataclasses.replace(TINY_DECODER, dropout=0.3),
-            validation=TINY["validation"],
-            init_from=str(start_from),
-        )
-        with pytest.raises(ValueError, match=f"init_from=.*: it has decoders for pictures of {said} pixels, and"):
-            training.train(settings)
-
-
-def test_teachers_look_at_the_sizes_that_they_know(two_scales, tiny_data):
-    model = load_checkpoint(two_scales).model.eval()
-    data = CaptionData(tiny_data)
-    pictures = torch.stack([data.image(i) for i in (0, 1)])
-    larger = resizing.resize(pictures, [48, 48], interpolation=resizing.InterpolationMode.BICUBIC, antialias=True)
-    words = torch.tensor([[[1, 5, 6, 2]], [[1, 7, 8, 2]]])
-    with torch.no_grad():
-        fine, coarse = (model.decoder_of(a)(a, words) for a in (model.annotate(larger), model.annotate(pictures)))
-    mean = (fine.logits.softmax(dim=-1) + coarse.logits.softmax(dim=-1)) / 2
-    torch.testing.assert_close(Teachers([model])(pictures, words), mean)
-    again = resizing.resize(larger, [32, 32], interpolation=resizing.InterpolationMode.BICUBIC, antialias=True)
-    with torch.no_grad():
-        seen = model(again, words).logits.softmax(dim=-1)  # a student at 48 pixels
-    torch.testing.assert_close(Teachers([model])(larger, words), (fine.logits.softmax(dim=-1) + seen) / 2)
-
-
-def test_a_run_may_be_taught_by_models_of_other_sizes(two_scales, tiny_data, tmp_path):
-    teachers = DistillationConfig((str(two_scales),), 0.5)
-    training.train(scaled(tiny_data, tmp_path / "run", distillation=teachers, max_steps=2))
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["encoder"]["scales"] == [48]
+def test_an_ensemble_searches_at_several_sizes_if_a_member_does(two_scales, tiny_checkpoint, tmp_path):
+    for name, order in (("a", (two_scales, tiny_checkpoint)), ("b", (tiny_checkpoint, two_scales))):
+        assert ensemble_main([*map(str, order), "--output", str(tmp_path / name)]) == 0
+        assert load_ensemble(tmp_path / name).search.multi_scale

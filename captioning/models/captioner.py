@@ -1,6 +1,6 @@
 """Encoder, region encoder and decoder together: pixels (or stored annotation vectors) and words in, logits out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -31,11 +31,18 @@ class CaptioningModel(nn.Module):
         self.further = nn.ModuleList(further)
 
     def decoder_of(self, a: Float[Tensor, "N L D"]) -> Decoder:
-        """The decoder of the scale whose grid has these L locations."""
+        """The decoder of the scale whose grid has these L locations.
+
+        Raises:
+            ValueError: there is none.
+        """
         if not self.further:
             return self.decoder
-        scale = [h * w for h, w in self.encoder.grids].index(a.shape[1])
-        return cast(Decoder, self.further[scale - 1]) if scale else self.decoder
+        decoders = cast(Iterable[Decoder], (self.decoder, *self.further))
+        for (h, w), decoder in zip(self.encoder.grids, decoders, strict=True):
+            if h * w == a.shape[1]:
+                return decoder
+        raise ValueError(f"{a.shape[1]} annotation vectors are of no grid of the encoder: {self.encoder.grids}")
 
     def annotate(self, images: Shaped[Tensor, "N ..."]) -> Float[Tensor, "N L D"]:
         """Annotation vectors of N images, given as uint8 pixels (N, 3, S, S) or as stored vectors (N, L, D)."""
