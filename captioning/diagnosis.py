@@ -178,7 +178,7 @@ def diagnose(
     """Teacher-force a model over the captions of some images, as it is and under the listening test.
 
     Args:
-        model: on `device`; it is run in evaluation mode.
+        model: on `device`; it is run in evaluation mode. Of several scales the first is asked.
         data: pixels of any size, or annotation vectors of this model's encoder.
         indices: which images, two or more.
         vocabulary: the model's words (not the file's).
