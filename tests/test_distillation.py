@@ -152,15 +152,15 @@ def test_a_checkpoint_names_its_teachers_without_their_folders(teachers, tiny_da
 def test_teachers_that_do_not_fit_are_refused(teachers, tiny_data, tiny_annotations, tmp_path):
     data = CaptionData(tiny_data)
     with pytest.raises(FileNotFoundError, match="nobody: no checkpoint folder"):
-        load_teachers([str(tmp_path / "nobody")], data, device="cpu")
+        load_teachers([str(tmp_path / "nobody")], data, FROZEN, device="cpu")
     with pytest.raises(ValueError, match=r"distillation\.teachers: .*annotation vectors of another encoder"):
-        load_teachers(teachers, CaptionData(tiny_annotations), device="cpu")
+        load_teachers(teachers, CaptionData(tiny_annotations), FROZEN, device="cpu")
     foreign = load_checkpoint(Path(teachers[1]))
     words = [*foreign.vocabulary.words[:-1], "zebra"]
     save_checkpoint(tmp_path / "foreign", dataclasses.replace(foreign, vocabulary=type(foreign.vocabulary)(words)))
     with pytest.raises(ValueError, match=r"distillation\.teachers: .*foreign: its vocabulary is not that of"):
-        load_teachers([str(tmp_path / "foreign")], data, device="cpu")
-    assert load_teachers([], data, device="cpu") is None
+        load_teachers([str(tmp_path / "foreign")], data, FROZEN, device="cpu")
+    assert load_teachers([], data, FROZEN, device="cpu") is None
 
 
 def test_settings_without_a_meaning_are_refused(tiny_data, tmp_path):

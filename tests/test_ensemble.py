@@ -213,8 +213,8 @@ def test_every_decoder_says_the_same_of_both(decoder, regions, tiny_data):
     pixels = torch.stack([data.image(i) for i in range(4)])
     search = SearchConfig(beam_size=2, max_length=4, mirror=True)
     for one, other in zip(
-        caption_images([model], lambda _, mirrored: pixels.flip(-1) if mirrored else pixels, search),
-        caption_images([model], lambda _, mirrored: pixels if mirrored else pixels.flip(-1), search),
+        caption_images([model], lambda _, view: pixels.flip(-1) if view.mirrored else pixels, search),
+        caption_images([model], lambda _, view: pixels if view.mirrored else pixels.flip(-1), search),
         strict=True,
     ):
         assert one[0].ids == other[0].ids
@@ -230,6 +230,7 @@ def test_a_stored_split_is_mirrored_as_its_pixels_are(tiny_checkpoint, tiny_data
     with h5py.File(tmp_path / "both.h5", "r+") as file, torch.no_grad():
         pixels = torch.stack([data.image(i) for i in range(len(data.names))]).flip(-1)
         file[MIRRORED] = checkpoint.model.encoder(pixels).half().numpy()
+        file[MIRRORED].attrs["grid"] = checkpoint.model.encoder.grid
     config, indices = SearchConfig(mirror=True), [0, 1, 2, 3]
     ours, theirs = (
         caption_split(checkpoint.model, each, indices, checkpoint.vocabulary, config)
