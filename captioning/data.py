@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from captioning.config import EncoderConfig, from_dict
-from captioning.model_config import PLAIN, Resample, View
+from captioning.model_config import PLAIN, Resample, View, all_views
 from captioning.vocabulary import END, PAD, START, Vocabulary
 
 SCHEMA = "show-attend-tell/1"
@@ -111,18 +111,17 @@ class CaptionData:
     def _check_views(self, file: h5py.File, encoder: EncoderConfig) -> None:
         """The vectors of every view must be there, as many as its grid has places, and no two scales have one grid."""
         grids = set()
-        for scale in range(len(encoder.sides)):
-            for mirrored in (False, True) if self.mirrored else (False,):
-                name = annotations_name(encoder, View(scale, mirrored))
-                shape = file[name].shape if isinstance(file[name], h5py.Dataset) else ()
-                grid = tuple(int(side) for side in file[name].attrs["grid"])
-                if shape != (len(self.names), math.prod(grid), self.image_shape[-1]):
-                    raise ValueError(
-                        f"{self.path}: {name}: must be {len(self.names)} images with vectors of {self.image_shape[-1]} "
-                        f"numbers on a grid of {grid} (got {shape})"
-                    )
-            grids.add(grid)
-        if len(grids) < len(encoder.sides):
+        for view in all_views(len(encoder.sides), mirrored=self.mirrored):
+            name = annotations_name(encoder, view)
+            shape = file[name].shape if isinstance(file[name], h5py.Dataset) else ()
+            grid = tuple(int(side) for side in file[name].attrs["grid"])
+            if shape != (len(self.names), math.prod(grid), self.image_shape[-1]):
+                raise ValueError(
+                    f"{self.path}: {name}: must be {len(self.names)} images with vectors of {self.image_shape[-1]} "
+                    f"numbers on a grid of {grid} (got {shape})"
+                )
+            grids.add((view.scale, grid))
+        if not len(grids) == len({grid for _, grid in grids}) == len(encoder.sides):
             raise ValueError(f"{self.path}: {ENCODER}: each scale must have a grid of its own")
 
     def _check_tables(self) -> None:

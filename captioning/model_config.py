@@ -73,6 +73,11 @@ class View(NamedTuple):
 PLAIN = View()
 
 
+def all_views(scales: int, *, mirrored: bool) -> list[View]:
+    """Every way to look at an image at so many scales, at the mirrored image too if it is `mirrored`."""
+    return [View(scale, turned) for scale in range(scales) for turned in ((False, True) if mirrored else (False,))]
+
+
 @dataclass(frozen=True)
 class RegionEncoderConfig:
     """What the annotation vectors go through between the CNN and the decoder.

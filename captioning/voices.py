@@ -20,7 +20,7 @@ from captioning.checkpoint import (
 )
 from captioning.config import EncoderConfig, SearchConfig, from_dict, to_dict
 from captioning.decoding import Hypothesis, search
-from captioning.model_config import View
+from captioning.model_config import View, all_views
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import Encoder
 from captioning.vocabulary import Vocabulary
@@ -91,7 +91,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     """
     folder = Path(folder)
     path, names = folder / "config.json", ensemble_members(folder)
-    members = tuple(load_checkpoint(folder / name) for name in names or [""])
+    members = tuple(load_checkpoint(each) for each in [folder / name for name in names] or [folder])
     own = from_dict(SearchConfig, read_json(path).get("search", {}), f"{path}: search")
     try:
         check_scales([member.encoder for member in members], own)
@@ -112,8 +112,7 @@ def check_scales(encoders: Sequence[Encoder | EncoderConfig], config: SearchConf
 
 def views(model: CaptioningModel, config: SearchConfig) -> list[View]:
     """How a model looks at an image in this search."""
-    scales = range(len(model.encoder.sides) if config.multi_scale else 1)
-    return [View(scale, mirrored) for scale in scales for mirrored in ((False, True) if config.mirror else (False,))]
+    return all_views(len(model.encoder.sides) if config.multi_scale else 1, mirrored=config.mirror)
 
 
 def caption_images(

@@ -33,7 +33,7 @@ from captioning.data import (
     annotations_name,
 )
 from captioning.files import fresh_file, hold
-from captioning.model_config import View
+from captioning.model_config import all_views
 from captioning.vocabulary import Vocabulary
 from preprocess.sources import Record
 
@@ -227,12 +227,12 @@ def _write_images(file: h5py.File, partial: Partial, network: Network | None) ->
         _write_dataset(file, PIXELS, partial, ())
         return
     ends = list(accumulate(h * w for h, w in network.grids))
-    for mirrored in (False, True) if network.mirror else (False,):
-        for scale, (grid, end) in enumerate(zip(network.grids, ends, strict=True)):
-            part = slice(end - grid[0] * grid[1], end)
-            name = annotations_name(network.config, View(scale, mirrored))
-            images = _write_dataset(file, name, partial, (int(mirrored), part) if network.mirror else (part,))
-            images.attrs["grid"] = np.array(grid, np.int64)
+    for view in all_views(len(network.grids), mirrored=network.mirror):
+        (h, w), end = network.grids[view.scale], ends[view.scale]
+        places = slice(end - h * w, end)
+        part = (int(view.mirrored), places) if network.mirror else (places,)
+        images = _write_dataset(file, annotations_name(network.config, view), partial, part)
+        images.attrs["grid"] = np.array((h, w), np.int64)
 
 
 def _write_dataset(file: h5py.File, name: str, partial: Partial, part: tuple[Any, ...]) -> h5py.Dataset:

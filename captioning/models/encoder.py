@@ -57,10 +57,9 @@ class Encoder(nn.Module):
 
     Args:
         network: the cut network, returning {"a": (N, D, h, w)}.
-        grid: (h, w) of that map at `image_size`.
+        grids: the sides of the input that it takes, in pixels, and (h, w) of that map at each; `image_size` and `grid`
+            are the first, `sides` all.
         dim: D.
-        image_size: side of the input in pixels.
-        scales: further sides that it takes, and the grid at each.
         resample: the filter by which pictures get that size.
         train_from: None: frozen; "all"; or the first stage (a dotted name) that is trained.
         batch_norm: "frozen" keeps running statistics as they are, "train" updates them.
@@ -73,21 +72,17 @@ class Encoder(nn.Module):
         self,
         network: nn.Module,
         *,
-        grid: tuple[int, int],
+        grids: Mapping[int, tuple[int, int]],
         dim: int,
-        image_size: int,
-        scales: Mapping[int, tuple[int, int]] | None = None,
         resample: Resample = "bicubic",
         train_from: str | None = None,
         batch_norm: str = "frozen",
     ):
         super().__init__()
         self.network = network
-        self.grid = grid
+        self.sides, self.grids = tuple(grids), tuple(grids.values())
+        self.image_size, self.grid = self.sides[0], self.grids[0]
         self.dim = dim
-        self.image_size = image_size
-        self.sides = (image_size, *(scales or {}))
-        self.grids = (grid, *(scales or {}).values())
         self.resample: Resample = resample
         self.batch_norm = batch_norm
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -142,8 +137,7 @@ def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = No
         ConnectionError: torchvision could not download its weights; says what to do.
     """
     node = find_layer(config)
-    alike = dataclasses.replace(config, layer=node.name, grid=None, scales=())
-    nodes = {side: _find_scale(dataclasses.replace(alike, image_size=side)) for side in config.scales}
+    grids = _grids(config, node)
     network = _network(config.name)
     if state is None and config.weights is not None:
         _load(network, read_weights(config.name, config.weights), config.weights)
@@ -152,15 +146,10 @@ def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = No
         _load(cut, state, "the stored encoder")
     if config.train_from is not None:
         quicken(cut)
-    grids = [(node.height, node.width), *((other.height, other.width) for other in nodes.values())]
-    if len(set(grids)) < len(grids):
-        raise ValueError(f"encoder.scales={list(config.scales)}: each scale must have a grid of its own (got {grids})")
     encoder = Encoder(
         cut,
-        grid=grids[0],
+        grids=grids,
         dim=node.channels,
-        image_size=config.image_size,
-        scales=dict(zip(config.scales, grids[1:], strict=True)),
         resample=config.resample,
         train_from=config.train_from,
         batch_norm=config.batch_norm,
@@ -168,11 +157,20 @@ def build_encoder(config: EncoderConfig, *, state: dict[str, Tensor] | None = No
     return encoder.train(), dataclasses.replace(config, layer=node.name, grid=node.height)
 
 
-def _find_scale(config: EncoderConfig) -> SpatialNode:
-    try:
-        return find_layer(config)
-    except ValueError as error:
-        raise ValueError(f"encoder.scales: {config.image_size} pixels: {error}") from error
+def _grids(config: EncoderConfig, node: SpatialNode) -> dict[int, tuple[int, int]]:
+    """The grid of this node at each of the config's sides."""
+    grids = {config.image_size: (node.height, node.width)}
+    for side in config.scales:
+        try:
+            other = find_layer(dataclasses.replace(config, layer=node.name, grid=None, image_size=side, scales=()))
+        except ValueError as error:
+            raise ValueError(f"encoder.scales: {side} pixels: {error}") from error
+        grids[side] = (other.height, other.width)
+    if len(set(grids.values())) < len(grids):
+        raise ValueError(
+            f"encoder.scales={list(config.scales)}: each scale must have a grid of its own (got {list(grids.values())})"
+        )
+    return grids
 
 
 def _network(name: str) -> nn.Module:
