@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
-from jaxtyping import Integer, Shaped
+from jaxtyping import Bool, Integer, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -174,11 +174,12 @@ class CaptionData:
         return [self._raw[caption].decode() for caption in self.captions_of(image)]
 
     def image(self, image: int, view: View = PLAIN) -> Shaped[Tensor, "..."]:
-        """Pixels (3, S, S) uint8, whatever the view, or the view's annotation vectors (L, D) float16."""
+        """Pixels (3, S, S) uint8, of one size at every scale, or the view's annotation vectors (L, D) float16."""
         if self._file is None:
             self._file = h5py.File(self.path, "r")
         if self.encoder is None:
-            return torch.from_numpy(self._file[PIXELS][image]).permute(2, 0, 1)
+            pixels = torch.from_numpy(self._file[PIXELS][image]).permute(2, 0, 1)
+            return pixels.flip(-1) if view.mirrored else pixels
         return torch.from_numpy(self._file[annotations_name(self.encoder, view)][image])
 
     def encoder_state(self) -> dict[str, Tensor]:
@@ -204,11 +205,12 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a training step sees: N images with K captions each (absent ones are all PAD), and which images they are."""
+    """A training step sees N images (which? mirrored?) with K captions each; absent ones are all PAD."""
 
     images: Shaped[Tensor, "N ..."]
     words: Integer[Tensor, "N K T"]
     indices: Integer[Tensor, " N"]
+    mirrored: Bool[Tensor, " N"]
 
 
 def plan_epoch(
@@ -257,8 +259,8 @@ def shard(batches: Sequence[list[Sample]], rank: int, world: int) -> list[list[S
     return parts
 
 
-Item = tuple[Tensor, list[np.ndarray], int]
-"""An image, the word ids of some of its captions, and its number in the file."""
+Item = tuple[Tensor, list[np.ndarray], int, bool]
+"""An image, the word ids of some of its captions, its number in the file, and whether it is mirrored."""
 
 
 class CaptionDataset(Dataset[Item]):
@@ -279,20 +281,20 @@ class CaptionDataset(Dataset[Item]):
     ):
         check_augment(data, augment)
         self.data = data
-        self.flip = data.kind == ANNOTATIONS and augment == "flip"
+        self.flip, crop = "flip" in augment, "crop" in augment
         self.transforms = [
-            None if augment == "none" and data.image_shape[0] == side else build_augmentation(augment, side, resample)
-            for side in sides
+            resizing(side, resample, crop=crop) if crop or data.image_shape[0] != side else None for side in sides
         ]
 
     def __getitem__(self, sample: Sample) -> Item:
-        image = self.data.image(sample.image, View(sample.scale, mirrored=self.flip and sample.seed % 2 == 1))
+        view = View(sample.scale, mirrored=self.flip and sample.seed % 2 == 1)
+        image = self.data.image(sample.image, view)
         transform = self.transforms[sample.scale] if self.data.kind == PIXELS else None
         if transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sample.seed)
                 image = transform(image)
-        return image, [self.data.words(caption) for caption in sample.captions], sample.image
+        return image, [self.data.words(caption) for caption in sample.captions], sample.image, view.mirrored
 
 
 def check_augment(data: CaptionData, augment: str) -> None:
@@ -306,17 +308,12 @@ def check_augment(data: CaptionData, augment: str) -> None:
         raise ValueError(f"augment={augment!r}: {data.path} stores annotation vectors; allowed: {stored}")
 
 
-def build_augmentation(augment: str, image_size: int, resample: Resample = "bicubic") -> v2.Transform:
-    """The training transform of uint8 (3, S, S) to (3, image_size, image_size): none, flip, crop or crop_flip."""
-    steps: list[v2.Transform] = []
+def resizing(image_size: int, resample: Resample = "bicubic", *, crop: bool = False) -> v2.Transform:
+    """The transform of uint8 (..., 3, S, S), or of a random half of it or more, to (..., 3, image_size, image_size)."""
     how: Any = {"interpolation": v2.InterpolationMode(resample), "antialias": True}
-    if "crop" in augment:
-        steps.append(v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), **how))
-    else:
-        steps.append(v2.Resize((image_size, image_size), **how))
-    if "flip" in augment:
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose(steps)
+    if crop:
+        return v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), **how)
+    return v2.Resize((image_size, image_size), **how)
 
 
 class Collate:
@@ -330,14 +327,14 @@ class Collate:
         self.captions_per_image = captions_per_image
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        lengths = [max((len(ids) for ids in captions), default=-1) for _, captions, _ in items]
+        lengths = [max((len(ids) for ids in captions), default=-1) for _, captions, *_ in items]
         items = [items[i] for i in sorted(range(len(items)), key=lambda i: -lengths[i])]
         words = torch.full((len(items), self.captions_per_image, max(*lengths, 0) + 2), PAD, dtype=torch.long)
-        for n, (_, captions, _) in enumerate(items):
+        for n, (_, captions, *_) in enumerate(items):
             for k, ids in enumerate(sorted(captions, key=len, reverse=True)):
                 words[n, k, : len(ids) + 2] = torch.tensor([START, *ids.tolist(), END])
-        images, _, indices = zip(*items, strict=True)
-        return Batch(torch.stack(images), words, torch.tensor(indices))
+        images, _, indices, mirrored = zip(*items, strict=True)
+        return Batch(torch.stack(images), words, torch.tensor(indices), torch.tensor(mirrored))
 
 
 def load_batches(

@@ -17,7 +17,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from captioning.config import HardConfig
-from captioning.data import ANNOTATIONS, Batch, CaptionData, Collate, build_augmentation
+from captioning.data import ANNOTATIONS, Batch, CaptionData, Collate, resizing
 from captioning.diagnostics import (
     as_many_at_random,
     gradient_signal_to_noise,
@@ -31,6 +31,7 @@ from captioning.diagnostics import (
 from captioning.hard_objective import hard_terms, training_look
 from captioning.listening import attention_of, forced, replacements
 from captioning.losses import word_nll
+from captioning.model_config import View
 from captioning.models.attention import Look, is_hard, looking
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
@@ -173,18 +174,20 @@ def diagnose(
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     location: Literal["argmax", "sample", "expected"] = "argmax",
+    scale: int = 0,
     seed: int = 0,
 ) -> Diagnosis:
     """Teacher-force a model over the captions of some images, as it is and under the listening test.
 
     Args:
-        model: on `device`; it is run in evaluation mode. Of several scales the first is asked.
+        model: on `device`; it is run in evaluation mode.
         data: pixels of any size, or annotation vectors of this model's encoder.
         indices: which images, two or more.
         vocabulary: the model's words (not the file's).
         batch_size: images at once; attention is exchanged among them.
         device: where the model is.
         location: where hard attention looks.
+        scale: which of the encoder's sizes is looked at, by that scale's decoder.
         seed: of the exchange, of the shuffles and of sampled locations.
 
     Raises:
@@ -196,22 +199,23 @@ def diagnose(
     nll: dict[str, float] = {}
     parts: list[_Words] = []
     words, hard = 0, False
+    decoder, grid = model.decoders[scale], model.encoder.grids[scale]
     look = Look(location, generator=torch.Generator(device).manual_seed(seed))
-    with torch.no_grad(), _evaluating(model), looking(model.decoder, look):
-        for batch in caption_batches(model, data, indices, vocabulary, batch_size=batch_size):
+    with torch.no_grad(), _evaluating(model), looking(decoder, look):
+        for batch in caption_batches(model, data, indices, vocabulary, batch_size=batch_size, scale=scale):
             a, targets = model.annotate(batch.images.to(device)), batch.words.to(device)
-            output = model.decoder(a, targets)
+            output = decoder(a, targets)
             words += len(output.targets)
             hard = hard or output.locations is not None
             _add(nll, "as it is", output)
             if output.alphas is None:
                 continue
             parts.append(_words_of(output, output.alphas, int(parts[-1].captions[-1]) + 1 if parts else 0))
-            if attention_of(model.decoder) is not None:
+            if attention_of(decoder) is not None:
                 looked = _looked(output, output.alphas)
-                for name, alphas in replacements(looked, output.mask, model.encoder.grid, generator).items():
-                    with forced(model.decoder, alphas):
-                        _add(nll, name, model.decoder(a, targets))
+                for name, alphas in replacements(looked, output.mask, grid, generator).items():
+                    with forced(decoder, alphas):
+                        _add(nll, name, decoder(a, targets))
     nll = {name: total / words for name, total in nll.items()}
     own = nll.pop("as it is")
     if not parts:
@@ -224,19 +228,25 @@ def diagnose(
 
 
 def caption_batches(
-    model: CaptioningModel, data: CaptionData, indices: Sequence[int], vocabulary: Vocabulary, *, batch_size: int
+    model: CaptioningModel,
+    data: CaptionData,
+    indices: Sequence[int],
+    vocabulary: Vocabulary,
+    *,
+    batch_size: int,
+    scale: int = 0,
 ) -> Iterator[Batch]:
     """Images with up to CAPTIONS captions each, in the words of the model; batches of equal size, none of one image."""
-    resize = build_augmentation("none", model.encoder.image_size, model.encoder.resample)
+    resize = resizing(model.encoder.sides[scale], model.encoder.resample)
     longest = data.longest_caption()  # references are cut as what is trained on is
     collate = Collate(min(CAPTIONS, max(len(data.captions_of(i)) for i in indices)))
     count = min(-(-len(indices) // batch_size), max(len(indices) // 2, 1))
     for part in np.array_split(np.asarray(indices), count):
         items = []
         for i in part.tolist():
-            image = data.image(i)
+            image = data.image(i, View(scale, mirrored=False))
             captions = [np.asarray(vocabulary.encode(tokenize(x)[:longest])) for x in data.references(i)[:CAPTIONS]]
-            items.append((image if data.kind == ANNOTATIONS else resize(image), captions, i))
+            items.append((image if data.kind == ANNOTATIONS else resize(image), captions, i, False))
         yield collate(items)
 
 
@@ -291,6 +301,7 @@ def signal_to_noise(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     *,
     device: str | torch.device = "cpu",
+    scale: int = 0,
     seed: int = 0,
 ) -> float | None:
     """`gradient_signal_to_noise` of the attention's parameters in a training step of STEP images, from GRADIENTS parts.
@@ -304,6 +315,7 @@ def signal_to_noise(
         vocabulary: the model's words (not the file's).
         loss: of annotation vectors (N, L, D) and words (N, K, S); None: `likelihood` of the model.
         device: where the model is.
+        scale: as for `diagnose`.
         seed: of dropout and sampled locations.
 
     Returns:
@@ -313,8 +325,9 @@ def signal_to_noise(
     chosen = indices[: len(indices) // size * size]
     if len(chosen) < 2 * size:
         return None
-    batches = caption_batches(model, data, chosen, vocabulary, batch_size=size)
-    found = attention_gradients(model, batches, loss or partial(likelihood, model), device=device, seed=seed)
+    batches = caption_batches(model, data, chosen, vocabulary, batch_size=size, scale=scale)
+    subject = (model, batches, loss or partial(likelihood, model))
+    found = attention_gradients(*subject, device=device, scale=scale, seed=seed)
     return None if found is None else gradient_signal_to_noise(found) * STEP / size
 
 
@@ -336,6 +349,7 @@ def attention_gradients(
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
     device: str | torch.device = "cpu",
+    scale: int = 0,
     seed: int = 0,
 ) -> Float[Tensor, "B P"] | None:
     """The gradients of a loss, one per batch, for the parameters of the attention.
@@ -344,15 +358,16 @@ def attention_gradients(
 
     Args:
         model: on `device`.
-        batches: images and words.
+        batches: images of that scale and words.
         loss: of the encoder's annotation vectors (N, L, D) and words (N, K, S).
         device: where the model is.
+        scale: whose decoder's attention is asked.
         seed: of all that is random.
 
     Returns:
         A row per batch; None for a decoder without an attention that learns.
     """
-    attention = attention_of(model.decoder)
+    attention = attention_of(model.decoders[scale])
     parameters = [] if attention is None else [p for p in attention.parameters() if p.requires_grad]
     if not parameters:
         return None

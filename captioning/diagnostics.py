@@ -109,19 +109,21 @@ def importance_weighted_bound(log_weights: Float[Tensor, "*B K"]) -> Float[Tenso
     return log_weights.logsumexp(dim=-1) - math.log(log_weights.shape[-1])
 
 
-def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False) -> str | None:
+def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False, at: str = "") -> str | None:
     """What to say if the attention has been dead for PATIENCE validations, else None.
 
     Args:
         history: what each validation found; `entropy` and `listening_gap` where it was diagnosed.
         hard: whether locations are sampled: other settings help.
+        at: what is behind these names where the attention of a further scale was diagnosed.
     """
-    last = [entry for entry in history if "entropy" in entry][-PATIENCE:]
+    entropy, gap = f"entropy{at}", f"listening_gap{at}"
+    last = [entry for entry in history if entropy in entry][-PATIENCE:]
     if len(last) < PATIENCE:
         return None
     flat, deaf = (
-        all(entry["entropy"] > FLAT for entry in last),
-        all(entry.get("listening_gap", math.inf) < DEAF for entry in last),
+        all(entry[entropy] > FLAT for entry in last),
+        all(entry.get(gap, math.inf) < DEAF for entry in last),
     )
     if not (flat or deaf):
         return None

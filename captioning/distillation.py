@@ -4,20 +4,61 @@ Hinton et al. (2015), section 2, at temperature 1. Several teachers speak with o
 probabilities, which is better than each of theirs (an ensemble), and here costs nothing when captions are made.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Integer, Shaped, UInt8
+from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.config import EncoderConfig
-from captioning.data import CaptionData, build_augmentation
+from captioning.data import PIXELS, CaptionData, resizing
 from captioning.evaluate import check_same_task
 from captioning.losses import by_word
+from captioning.model_config import View
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
 from captioning.models.encoder import Encoder
+
+ROOM = 4 << 30
+"""Bytes that each encoder of the teachers may keep of what it saw; 45,000 photos at 10x10x320 and 7x7x320 in bf16."""
+
+Photos = tuple[Integer[Tensor, " N"], Bool[Tensor, " N"]]
+"""Numbers of whole photos in a data file, and whether each is seen in a mirror."""
+
+
+class Looks:
+    """A frozen encoder and the photos of a data file: it looks at each once, for it will never see another thing in it.
+
+    It looks at one photo at a time, so what it sees depends on nothing else, and a resumed run sees it too.
+
+    Args:
+        encoder: a teacher's.
+        data: pixels.
+        room: bytes of annotation vectors that are kept; of further photos they are made again each time.
+    """
+
+    def __init__(self, encoder: Encoder, data: CaptionData, room: int = ROOM):
+        self.encoder, self.data, self.room = encoder, copy.copy(data), room  # a copy opens the file for itself
+        self._kept: dict[tuple[int, bool], list[Tensor]] = {}
+
+    def __call__(self, photos: Photos) -> list[Float[Tensor, "N _ D"]]:
+        """The annotation vectors of photos, at each of the encoder's scales."""
+        numbers, mirrored = (x.tolist() for x in photos)
+        seen = [self._vectors(number, mirror) for number, mirror in zip(numbers, mirrored, strict=True)]
+        return [torch.cat(scale).to(self.encoder.mean.device) for scale in zip(*seen, strict=True)]
+
+    def _vectors(self, number: int, mirror: bool) -> list[Float[Tensor, "1 _ D"]]:
+        if (number, mirror) not in self._kept:
+            picture = self.data.image(number, View(0, mirrored=mirror)).to(self.encoder.mean.device)
+            vectors = [a.cpu() for a in _views(picture.unsqueeze(0), self.encoder)]
+            size = sum(a.nbytes for a in vectors)
+            if size > self.room:
+                return vectors
+            self.room -= size
+            self._kept[number, mirror] = vectors
+        return self._kept[number, mirror]
 
 
 class Teachers:
@@ -25,17 +66,24 @@ class Teachers:
 
     Args:
         models: at least one, all with the student's vocabulary; hard attention looks at its argmax.
+        data: if given, pixels whose whole photos they look at, whatever size the student sees them in.
     """
 
-    def __init__(self, models: Sequence[CaptioningModel]):
+    def __init__(self, models: Sequence[CaptioningModel], data: CaptionData | None = None):
         self.models = [model.eval().requires_grad_(False) for model in models]
         for i, model in enumerate(self.models):
             encoders = (other.encoder for other in self.models[: i + 1])
             model.encoder = next(encoder for encoder in encoders if _alike(encoder, model.encoder))
+        self.looks = {} if data is None else {model.encoder: Looks(model.encoder, data) for model in self.models}
 
     @torch.no_grad()
     def __call__(
-        self, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"], *, samples: int = 1
+        self,
+        images: Shaped[Tensor, "N ..."],
+        captions: Integer[Tensor, "N K S"],
+        *,
+        samples: int = 1,
+        photos: Photos | None = None,
     ) -> Float[Tensor, "W V"]:
         """Mean p(. | y_1..t-1, a) of the teachers at every word, in the student's order.
 
@@ -44,8 +92,11 @@ class Teachers:
                 teacher learned from, at all of which it looks.
             captions: framed by START and END.
             samples: how often the student has each caption, one copy beside the other (`hard.samples`).
+            photos: which of the data's these are, if they are; the teachers then look at those.
         """
-        if images.dim() == 4:
+        if self.looks and photos is not None:
+            views = {encoder: look(photos) for encoder, look in self.looks.items()}
+        elif images.dim() == 4:
             views = {encoder: _views(images, encoder) for encoder in {model.encoder for model in self.models}}
         else:
             views = {model.encoder: [images] for model in self.models}
@@ -60,7 +111,7 @@ class Teachers:
 
 def _views(images: UInt8[Tensor, "N 3 S S"], encoder: Encoder) -> list[Float[Tensor, "N _ D"]]:
     """The annotation vectors of pictures, at each of the encoder's scales."""
-    resized = (build_augmentation("none", side, encoder.resample)(images) for side in encoder.sides)
+    resized = (resizing(side, encoder.resample)(images) for side in encoder.sides)
     return [encoder(pictures) for pictures in resized]
 
 
@@ -75,7 +126,7 @@ def _alike(first: Encoder, second: Encoder) -> bool:
 
 
 def load_teachers(
-    paths: Sequence[str], data: CaptionData, encoder: EncoderConfig, *, device: str | torch.device
+    paths: Sequence[str], data: CaptionData, encoder: EncoderConfig, *, whole: bool, device: str | torch.device
 ) -> Teachers | None:
     """The teachers of a run; None if it has none.
 
@@ -83,6 +134,7 @@ def load_teachers(
         paths: as for `load_captioner`.
         data: what the student learns from; annotation vectors must be of the teachers' encoder.
         encoder: of the student; to annotation vectors of each of its scales the teachers must have something to say.
+        whole: the student sees whole photos, no part of them; so then do the teachers.
         device: of the run.
 
     Raises:
@@ -99,4 +151,4 @@ def load_teachers(
                 f"encoder.image_size with encoder.scales asks for {encoder.sides}"
             )
         models.append(checkpoint.model.to(device))
-    return Teachers(models) if models else None
+    return Teachers(models, data if whole and data.kind == PIXELS else None) if models else None

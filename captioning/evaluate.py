@@ -22,7 +22,7 @@ from tqdm import tqdm
 from captioning.api import check_device, search_config
 from captioning.checkpoint import Checkpoint, checkpoint_folder
 from captioning.config import LOCATIONS, EncoderConfig, Location, SearchConfig, given, one_line
-from captioning.data import ANNOTATIONS, SPLITS, CaptionData, build_augmentation
+from captioning.data import ANNOTATIONS, SPLITS, CaptionData, resizing
 from captioning.decoding import Hypothesis
 from captioning.diagnosis import Diagnosis, diagnose, signal_to_noise
 from captioning.files import make_place
@@ -126,7 +126,7 @@ def _images(
     """Images of a data file as a model wants them."""
     if data.kind == ANNOTATIONS:
         return torch.stack([data.image(i, view) for i in indices]).to(device)
-    resize = build_augmentation("none", model.encoder.sides[view.scale], model.encoder.resample)
+    resize = resizing(model.encoder.sides[view.scale], model.encoder.resample)
     images = torch.stack([resize(data.image(i)) for i in indices]).to(device)
     return images.flip(-1) if view.mirrored else images
 
@@ -255,11 +255,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], Diagnosis | None]:
+def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], dict[int, Diagnosis]]:
     """The scores, what to say about how they came about, and what the attention does if that was asked."""
     metrics = (*DEFAULT_METRICS, "SPICE") if options.spice else DEFAULT_METRICS
     if options.results or options.references:
-        return _run_theirs(options, metrics), {"results": options.results}, None
+        return _run_theirs(options, metrics), {"results": options.results}, {}
     options.split = options.split or "val"
     if not (options.checkpoint and options.data):
         raise ValueError("give --checkpoint and --data, or --results and --references")
@@ -330,20 +330,27 @@ def _references(path: Path) -> Mapping[str, Sequence[str]]:
 
 def _diagnose(
     options: argparse.Namespace, checkpoint: Checkpoint, data: CaptionData, location: Location
-) -> Diagnosis | None:
+) -> dict[int, Diagnosis]:
+    """What was asked for, by the side of the pictures that the model looked at."""
     if options.diagnose is None:
-        return None
+        return {}
     indices = data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
     subject = (checkpoint.model, data, indices, checkpoint.vocabulary)
-    found = diagnose(*subject, batch_size=options.batch_size, device=options.device, location=location)
-    return dataclasses.replace(found, gradient_snr=signal_to_noise(*subject, device=options.device))
+    found = {}
+    for scale, side in enumerate(checkpoint.encoder.sides):
+        diagnosis = diagnose(
+            *subject, batch_size=options.batch_size, device=options.device, location=location, scale=scale
+        )
+        signal = signal_to_noise(*subject, device=options.device, scale=scale)
+        found[side] = dataclasses.replace(diagnosis, gradient_snr=signal)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     keep_memory()
     try:
-        scores, about, diagnosis = _run(_parser().parse_args(arguments))
+        scores, about, diagnoses = _run(_parser().parse_args(arguments))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate: {one_line(error)}", file=sys.stderr)
         return 2
@@ -354,9 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("split", "beam_size", "location", "unfinished"):
         if name in about:
             print(f"{name.replace('_', ' ')}: {about[name]}")
-    if diagnosis is not None:
-        print(f"\n{diagnosis.table()}")
-        about["diagnosis"] = diagnosis.as_dict()
+    for i, (side, diagnosis) in enumerate(diagnoses.items()):
+        heading = f"pictures of {side} pixels:\n" if len(diagnoses) > 1 else ""
+        print(f"\n{heading}{diagnosis.table()}")
+        about[f"diagnosis_{side}" if i else "diagnosis"] = diagnosis.as_dict()
     print(json.dumps({**scores.as_dict(), **about}))
     return 0
 

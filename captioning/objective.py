@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
+from captioning.distillation import Photos
 from captioning.hard_objective import HardTerms, hard_terms, training_look
 from captioning.losses import doubly_stochastic_penalty, expected_nll, word_nll
 from captioning.models.attention import looking
@@ -33,10 +34,12 @@ class Objective(NamedTuple):
         return dict(zip(self.means, values, strict=True))
 
 
-def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"]) -> Objective:
+def teacher_forced(
+    run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[Tensor, "N K S"], photos: Photos | None = None
+) -> Objective:
     """The NLL of the captions and the penalty, eq. 14; with hard attention, the terms of eq. 12 too.
 
-    Teachers replace a part of the NLL by that of the words that they expect.
+    Teachers replace a part of the NLL by that of the words that they expect of these photos.
     """
     settings, samples = run.settings, run.settings.hard.samples
     with run.accelerator.autocast(), looking(run.model, training_look(settings.hard)):
@@ -46,7 +49,7 @@ def teacher_forced(run: Run, images: Shaped[Tensor, "N ..."], captions: Integer[
     learned = nlls
     if run.teachers is not None:
         with run.accelerator.autocast():
-            expected = run.teachers(images, captions, samples=samples)
+            expected = run.teachers(images, captions, samples=samples, photos=photos)
         learned = torch.lerp(nlls, expected_nll(output.logits, expected), settings.distillation.weight)
     loss, means = with_penalty(run, output, learned.sum() / words)
     means["nll"] = nlls.sum() / words

@@ -27,7 +27,7 @@ def build_optimizer(model: CaptioningModel, config: OptimizerConfig, *others: nn
     """
     groups = []
     beside = [part for part in others if part is not None]
-    language = nn.ModuleList([model.regions, model.decoder, *model.further, *beside])
+    language = nn.ModuleList([model.regions, *model.decoders, *beside])
     for part, peak in ((model.encoder, config.encoder_learning_rate), (language, config.learning_rate)):
         trained = [p for p in part.parameters() if p.requires_grad]
         for decayed in (True, False):

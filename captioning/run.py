@@ -139,7 +139,8 @@ def start(settings: Settings) -> Run:
     last = left_last(settings, state, data)
     model, encoder = start_model(settings, data, last)
     baseline = start_baseline(settings)
-    teachers = load_teachers(settings.distillation.teachers, data, encoder, device=accelerator.device)
+    whole = "crop" not in settings.augment
+    teachers = load_teachers(settings.distillation.teachers, data, encoder, whole=whole, device=accelerator.device)
     optimizer = build_optimizer(model, settings.optimizer, baseline)
     average = moving_average(model, settings.optimizer.average_decay) if settings.optimizer.average_decay else None
     progress = Progress()

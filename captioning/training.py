@@ -160,7 +160,7 @@ def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:
     if run.self_critical:
         objective = self_critical_sampled(run, batch)
     else:
-        objective = teacher_forced(run, batch.images, batch.words)
+        objective = teacher_forced(run, batch.images, batch.words, (batch.indices, batch.mirrored))
     loss = objective.loss
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} at step {step}: lower optimizer.learning_rate or set clip_norm")
@@ -243,29 +243,33 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
         if indices:
             say(run, "attention: not diagnosed, which takes two images of the validation split")
         return
-    signal = attention_signal(run)  # all processes: the objective adds up over them
+    sides = run.model.encoder.sides
+    signals = [attention_signal(run, scale) for scale in range(len(sides))]  # all processes: they add their losses up
     if not run.accelerator.is_main_process:
         return
-    found = diagnose(
-        run.evaluated,
-        run.data,
-        indices,
-        run.data.vocabulary,
-        batch_size=run.settings.validation.batch_size,
-        device=run.accelerator.device,
-    )
-    found = dataclasses.replace(found, gradient_snr=signal)
-    for name, value in found.main_numbers().items():
-        run.progress.history[-1][name] = value
-        curve(run, f"attention/{name}", value)
-    say(run, f"epoch {run.progress.epoch + 1}: {found.line()}")
-    warning = collapse(run.progress.history, hard=found.hard)
-    if warning is not None:
-        say(run, f"warning: {warning}")
+    for scale, (side, snr) in enumerate(zip(sides, signals, strict=True)):
+        found = diagnose(
+            run.evaluated,
+            run.data,
+            indices,
+            run.data.vocabulary,
+            batch_size=run.settings.validation.batch_size,
+            device=run.accelerator.device,
+            scale=scale,
+        )
+        found = dataclasses.replace(found, gradient_snr=snr)
+        at, where = f"_{side}" if scale else "", f" at {side} pixels" if len(sides) > 1 else ""
+        for name, value in found.main_numbers().items():
+            run.progress.history[-1][f"{name}{at}"] = value
+            curve(run, f"attention{at}/{name}", value)
+        say(run, f"epoch {run.progress.epoch + 1}{where}: {found.line()}")
+        warning = collapse(run.progress.history, hard=found.hard, at=at)
+        if warning is not None:
+            say(run, f"warning{where}: {warning}")
 
 
-def attention_signal(run: Run) -> float | None:
-    """Signal to noise of the gradient that the run's likelihood objective gives its attention, on train photos.
+def attention_signal(run: Run, scale: int = 0) -> float | None:
+    """Signal to noise of the gradient that the run's likelihood objective gives a scale's attention, on train photos.
 
     The weights are those that learn, not their moving average; nothing of the run changes. Without its teachers, which
     look at pixels.
@@ -278,6 +282,7 @@ def attention_signal(run: Run) -> float | None:
         run.data.vocabulary,
         lambda a, words: teacher_forced(apart, a, words).loss,
         device=run.accelerator.device,
+        scale=scale,
         seed=run.settings.seed,
     )
 

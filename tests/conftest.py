@@ -84,7 +84,7 @@ def two_scales(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Pat
     vocabulary = CaptionData(tiny_data).vocabulary
     torch.manual_seed(7)
     model, encoder = build_model(dataclasses.replace(TINY_ENCODER, scales=(48,)), TINY_DECODER, len(vocabulary))
-    for decoder in (model.decoder, *model.further):
+    for decoder in model.decoders:
         make_talkative(decoder)
     folder = tmp_path_factory.mktemp("checkpoint") / "two"
     search = SearchConfig(multi_scale=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from conftest import TINY_DECODER
 
 from captioning import diagnosis
 from captioning.checkpoint import Checkpoint, build_model, load_checkpoint
@@ -125,6 +126,27 @@ def test_pixels_and_annotation_vectors_are_diagnosed_alike(checkpoint, data, tin
     one, other = run(checkpoint, data), run(checkpoint, CaptionData(tiny_data))
     assert one.nll == pytest.approx(other.nll, rel=1e-2)  # the stored vectors are float16
     assert one.entropy == pytest.approx(other.entropy, rel=1e-2)
+
+
+def test_the_decoder_of_a_further_scale_is_asked_at_its_size(two_scales, tiny_scales, tiny_data):
+    both, stored = load_checkpoint(two_scales), CaptionData(tiny_scales)
+    encoder = dataclasses.replace(both.encoder, image_size=48, grid=None, scales=())
+    alone, _ = build_model(
+        encoder, TINY_DECODER, len(both.vocabulary), encoder_state=both.model.encoder.network.state_dict()
+    )
+    alone.decoder.load_state_dict(both.model.further[0].state_dict())
+    lone = dataclasses.replace(both, model=alone)
+    pixels = CaptionData(tiny_data)
+    assert run(both, pixels, scale=1) == run(lone, pixels)
+    assert run(both, pixels, scale=1).locations == 36
+    subject = (pixels, pixels.indices("train").tolist()[:6], both.vocabulary)
+    assert signal_to_noise(both.model, *subject, scale=1) == pytest.approx(signal_to_noise(alone, *subject), rel=1e-5)
+    assert signal_to_noise(both.model, *subject, scale=1) != signal_to_noise(both.model, *subject)
+    both.model.encoder.network.load_state_dict(stored.encoder_state())
+    for scale in (0, 1):
+        one, other = run(both, stored, scale=scale), run(both, pixels, scale=scale)
+        assert one.nll == pytest.approx(other.nll, rel=1e-2)  # the stored vectors are float16
+        assert one.entropy == pytest.approx(other.entropy, rel=1e-2)
 
 
 def test_a_model_without_attention_says_so(checkpoint, data):

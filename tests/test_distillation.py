@@ -13,9 +13,10 @@ from test_training import TINY, same_bits, saved_bits, tiny_settings, train_inte
 from captioning import training
 from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
 from captioning.config import DistillationConfig, EncoderConfig, HardConfig, SelfCriticalConfig, Settings
-from captioning.data import CaptionData
-from captioning.distillation import Teachers, load_teachers
+from captioning.data import CaptionData, resizing
+from captioning.distillation import Looks, Photos, Teachers, load_teachers
 from captioning.losses import expected_nll, word_nll
+from captioning.model_config import PLAIN, View
 from captioning.models.captioner import CaptioningModel
 from captioning.objective import teacher_forced
 from captioning.run import start
@@ -86,6 +87,79 @@ def test_teachers_with_equal_encoders_look_once(teachers, tiny_data, tmp_path):
     torch.testing.assert_close(found, torch.stack(thirds).mean(dim=0))
 
 
+def one_sided(paths: list[str], data: Path, **options: Any) -> tuple[Teachers, list[Any]]:
+    """Teachers who look at whole photos, and a list that grows by the sizes of all pictures that they look at."""
+    voice = Teachers(models(paths), CaptionData(data))
+    looks: list[Any] = []
+    for encoder in {model.encoder for model in voice.models}:
+        encoder.register_forward_hook(lambda _, pictures, __: looks.append(tuple(pictures[0].shape)))
+        voice.looks[encoder] = Looks(encoder, CaptionData(data), **options)
+    return voice, looks
+
+
+def photos_of(data: Path, numbers: list[int], mirrored: list[bool]) -> tuple[torch.Tensor, Photos]:
+    """Pixels as a student of 32 pixels sees them, and which they are."""
+    pixels = [CaptionData(data).image(i) for i in numbers]
+    seen = [image.flip(-1) if mirror else image for image, mirror in zip(pixels, mirrored, strict=True)]
+    return torch.stack(seen), (torch.tensor(numbers), torch.tensor(mirrored))
+
+
+WORDS = torch.tensor([[[1, 5, 6, 2], [1, 6, 2, 0]], [[1, 7, 8, 2], [1, 9, 2, 0]], [[1, 5, 2, 0], [1, 2, 0, 0]]])
+
+
+def test_teachers_look_at_every_photo_once(teachers, tiny_data):
+    voice, looks = one_sided(teachers[:1], tiny_data)
+    images, photos = photos_of(tiny_data, [3, 8, 5], [False, True, False])
+    first = voice(images, WORDS, photos=photos)
+    torch.testing.assert_close(first, Teachers(models(teachers[:1]))(images, WORDS))
+    assert looks == [(1, 3, 32, 32)] * 3
+    assert torch.equal(voice(images, WORDS, photos=photos), first)
+    assert len(looks) == 3
+    images, photos = photos_of(tiny_data, [5, 3, 1], [True, False, False])  # two that are new: one in the mirror
+    again = voice(images, WORDS, photos=photos)
+    assert len(looks) == 5
+    alone, _ = one_sided(teachers[:1], tiny_data)  # as after a resume: what was seen before makes no difference
+    assert torch.equal(alone(images, WORDS, photos=photos), again)
+
+
+def test_what_there_is_no_room_for_is_looked_at_again(teachers, tiny_data):
+    images, photos = photos_of(tiny_data, [3, 8, 5], [False, True, False])
+    whole, _ = one_sided(teachers, tiny_data)
+    expected = whole(images, WORDS, photos=photos)
+    size = 4 * 4 * 128 * 4  # of one photo's vectors
+    voice, looks = one_sided(teachers, tiny_data, room=2 * size)
+    for _ in range(2):
+        assert torch.equal(voice(images, WORDS, photos=photos), expected)
+    assert len(looks) == 2 * (3 + 1)  # by each of two encoders: all three, and then one of them
+    assert all(look.room == 0 for look in voice.looks.values())
+
+
+def test_a_student_of_smaller_pictures_has_teachers_who_see_the_photo_as_it_is(two_scales, tiny_data):
+    voice = Teachers([load_checkpoint(two_scales).model], CaptionData(tiny_data))
+    images, photos = photos_of(tiny_data, [3, 8, 5], [False, True, False])
+    small = resizing(16)(images)
+    expected = Teachers([load_checkpoint(two_scales).model])(images, WORDS)
+    torch.testing.assert_close(voice(small, WORDS, photos=photos), expected)
+    assert not torch.allclose(voice(small, WORDS), expected, atol=1e-4)  # of which they would see less
+
+
+@pytest.mark.parametrize(("augment", "whole"), [("flip", True), ("crop_flip", False)])
+def test_teachers_see_no_more_of_a_photo_than_the_student(augment, whole, teachers, tiny_data, tmp_path):
+    run = start(taught(tiny_data, tmp_path / "run", teachers[:1], augment=augment))
+    assert bool(run.teachers.looks) == whole
+    looks = []
+    (model,) = run.teachers.models
+    model.encoder.register_forward_hook(lambda _, pictures, __: looks.append(pictures[0]))
+    training.train_epoch(run, {"now": False})
+    data = CaptionData(tiny_data)
+    stored = {
+        (data.image(i, view)).numpy().tobytes() for i in range(len(data)) for view in (PLAIN, View(0, mirrored=True))
+    }
+    seen = [picture.numpy().tobytes() in stored for pictures in looks for picture in pictures]
+    assert seen
+    assert all(seen) if whole else not any(seen)
+
+
 def test_a_student_who_expects_what_its_teacher_does_has_nothing_to_learn(teachers, tiny_data, tmp_path):
     # The gradient of -sum q log p is p - q at the logits: none where p = q; and the loss is then the entropy of q.
     no_dropout = dataclasses.replace(TINY["decoder"], dropout=0.0)
@@ -152,15 +226,15 @@ def test_a_checkpoint_names_its_teachers_without_their_folders(teachers, tiny_da
 def test_teachers_that_do_not_fit_are_refused(teachers, tiny_data, tiny_annotations, tmp_path):
     data = CaptionData(tiny_data)
     with pytest.raises(FileNotFoundError, match="nobody: no checkpoint folder"):
-        load_teachers([str(tmp_path / "nobody")], data, FROZEN, device="cpu")
+        load_teachers([str(tmp_path / "nobody")], data, FROZEN, whole=True, device="cpu")
     with pytest.raises(ValueError, match=r"distillation\.teachers: .*annotation vectors of another encoder"):
-        load_teachers(teachers, CaptionData(tiny_annotations), FROZEN, device="cpu")
+        load_teachers(teachers, CaptionData(tiny_annotations), FROZEN, whole=True, device="cpu")
     foreign = load_checkpoint(Path(teachers[1]))
     words = [*foreign.vocabulary.words[:-1], "zebra"]
     save_checkpoint(tmp_path / "foreign", dataclasses.replace(foreign, vocabulary=type(foreign.vocabulary)(words)))
     with pytest.raises(ValueError, match=r"distillation\.teachers: .*foreign: its vocabulary is not that of"):
-        load_teachers([str(tmp_path / "foreign")], data, FROZEN, device="cpu")
-    assert load_teachers([], data, FROZEN, device="cpu") is None
+        load_teachers([str(tmp_path / "foreign")], data, FROZEN, whole=True, device="cpu")
+    assert load_teachers([], data, FROZEN, whole=True, device="cpu") is None
 
 
 def test_settings_without_a_meaning_are_refused(tiny_data, tmp_path):

@@ -114,6 +114,19 @@ def test_another_split_and_a_limit(call, tiny_checkpoint, tiny_data, tmp_path):
 
 
 @pytest.mark.usefixtures("no_java")
+def test_the_attention_of_every_size_is_diagnosed(call, two_scales, tiny_data):
+    words = ("--checkpoint", two_scales, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
+    code, out, err = call(*words, "--diagnose", 4)
+    assert (code, err) == (0, [])
+    found = json.loads(out[-1])
+    assert (found["diagnosis"]["locations"], found["diagnosis_48"]["locations"]) == (16, 36)
+    headings = [i for i, line in enumerate(out) if line.startswith("pictures of ")]
+    assert [out[i] for i in headings] == ["pictures of 32 pixels:", "pictures of 48 pixels:"]
+    for i, name in zip(headings, ("diagnosis", "diagnosis_48"), strict=True):
+        assert out[i + 2].endswith(f"{found[name]['nll']:.4f}")
+
+
+@pytest.mark.usefixtures("no_java")
 def test_attention_is_diagnosed_when_asked(call, tiny_checkpoint, tiny_data):
     words = ("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
     _, without, _ = call(*words)

@@ -58,7 +58,7 @@ def test_each_scale_has_a_grid_and_a_decoder_of_its_own():
     assert encoder.scales == (48, 64)
     assert model.encoder.grids == ((4, 4), (6, 6), (8, 8))
     decoders = [model.decoder_of(model.annotate(torch.zeros(1, 3, side, side).byte())) for side in (32, 48, 64)]
-    assert decoders == [model.decoder, *model.further]
+    assert decoders == [model.decoder, *model.further] == list(model.decoders)
     assert len({id(decoder) for decoder in decoders}) == 3
     with pytest.raises(ValueError, match="49 annotation vectors are of no grid of the encoder"):
         model.decoder_of(torch.zeros(1, 49, 128))

@@ -41,12 +41,11 @@ def test_a_step_teaches_the_decoder_of_its_scale_alone(tiny_data, tmp_path):
     batch = next(training.load_batches(training.training_set(run), batches, captions_per_image=5))
     scale = batches[0][0].scale
     assert batch.images.shape[-1] == (32, 48)[scale]
-    before = [{n: x.clone() for n, x in d.state_dict().items()} for d in (run.model.decoder, *run.model.further)]
+    before = [{n: x.clone() for n, x in d.state_dict().items()} for d in run.model.decoders]
     encoder = {name: x.clone() for name, x in run.model.encoder.state_dict().items()}
     training.train_step(run, batch)
     changed = [
-        not same_bits(old, dict(decoder.state_dict()))
-        for old, decoder in zip(before, (run.model.decoder, *run.model.further), strict=True)
+        not same_bits(old, dict(decoder.state_dict())) for old, decoder in zip(before, run.model.decoders, strict=True)
     ]
     assert changed == [scale == 0, scale == 1]
     assert not same_bits(encoder, dict(run.model.encoder.state_dict()))
@@ -73,9 +72,7 @@ def test_stored_vectors_of_two_scales_train_two_decoders(tiny_scales, tmp_path):
     assert trained.encoder.sides == (32, 48)
     torch.manual_seed(settings.seed)
     fresh = start(dataclasses.replace(settings, output=str(tmp_path / "fresh"))).model
-    for decoder, new in zip(
-        (trained.model.decoder, *trained.model.further), (fresh.decoder, *fresh.further), strict=True
-    ):
+    for decoder, new in zip(trained.model.decoders, fresh.decoders, strict=True):
         assert not torch.equal(decoder.L_o.weight, new.L_o.weight)
 
 
@@ -128,6 +125,27 @@ def test_a_start_needs_as_many_decoders(two_scales, tiny_checkpoint, tiny_data, 
         )
         with pytest.raises(ValueError, match=f"init_from=.*: it has decoders for pictures of {said} pixels, and"):
             training.train(settings)
+
+
+def test_training_says_which_size_has_a_dead_attention(tiny_data, tmp_path, capsys):
+    run = start(scaled(tiny_data, tmp_path / "run"))
+    (coarse,) = run.evaluated.further
+    with torch.no_grad():
+        coarse.attention.alignment.v.weight.zero_()  # it can see nothing: uniform for ever
+    for epoch in range(3):
+        run.progress.epoch = epoch
+        training.validate(run)
+    said = capsys.readouterr().out.splitlines()
+    (warning,) = [line for line in said if line.startswith("warning") and "H/ln L above" in line]
+    assert warning.startswith("warning at 48 pixels: the attention has collapsed")
+    assert [line.split(": ")[0] for line in said if ": attention: H/ln L" in line][:2] == [
+        "epoch 1 at 32 pixels",
+        "epoch 1 at 48 pixels",
+    ]
+    last = run.progress.history[-1]
+    assert last["entropy_48"] == pytest.approx(1)
+    assert last["entropy"] < 1
+    assert {name for name in last if name.endswith("_48")} >= {"gradient_snr_48", "listening_gap_48"}
 
 
 def test_teachers_look_at_the_sizes_that_they_know(two_scales, tiny_data):

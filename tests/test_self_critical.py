@@ -138,7 +138,9 @@ def test_the_gradient_is_that_of_the_expected_reward(enumerable_run):
     exact = exact_gradient(run.model, a)
     found = []
     for _ in range(60):
-        objective = self_critical_sampled(run, Batch(a.expand(n, -1, -1), own, torch.arange(n)))
+        objective = self_critical_sampled(
+            run, Batch(a.expand(n, -1, -1), own, torch.arange(n), torch.zeros(n, dtype=torch.bool))
+        )
         per_caption = objective.loss * objective.words / (n * k)  # from a mean over words to one over captions
         found.append(gradient(run.model, per_caption))
     estimates = torch.stack(found)
@@ -156,7 +158,7 @@ def test_nll_weight_adds_the_nll_of_the_images_own_captions(enumerable_run):
     run = enumerable_run
     a = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     own = torch.tensor([[[START, 4, 5, 4, 4, END]], [[START, 5, END, PAD, PAD, PAD]], [[PAD] * 6]])
-    batch = Batch(a, own, torch.arange(3))
+    batch = Batch(a, own, torch.arange(3), torch.zeros(3, dtype=torch.bool))
     torch.manual_seed(1)
     alone = self_critical_sampled(run, batch)
     config = dataclasses.replace(run.settings.self_critical, nll_weight=0.25)
@@ -177,7 +179,7 @@ def test_fillers_get_no_captions_and_others_come_longest_first(enumerable_run):
     own[[0, 7]] = PAD
     rollout = Rollout(
         run.model,
-        Batch(torch.zeros(40, 4, 5), own, torch.arange(40)),
+        Batch(torch.zeros(40, 4, 5), own, torch.arange(40), torch.zeros(40, dtype=torch.bool)),
         run.settings.self_critical,
         torch.Generator().manual_seed(0),
     )

@@ -30,6 +30,11 @@ class CaptioningModel(nn.Module):
         self.decoder = decoder
         self.further = nn.ModuleList(further)
 
+    @property
+    def decoders(self) -> tuple[Decoder, ...]:
+        """One for each of the encoder's scales."""
+        return (self.decoder, *cast(Iterable[Decoder], self.further))
+
     def decoder_of(self, a: Float[Tensor, "N L D"]) -> Decoder:
         """The decoder of the scale whose grid has these L locations.
 
@@ -38,8 +43,7 @@ class CaptioningModel(nn.Module):
         """
         if not self.further:
             return self.decoder
-        decoders = cast(Iterable[Decoder], (self.decoder, *self.further))
-        for (h, w), decoder in zip(self.encoder.grids, decoders, strict=True):
+        for (h, w), decoder in zip(self.encoder.grids, self.decoders, strict=True):
             if h * w == a.shape[1]:
                 return decoder
         raise ValueError(f"{a.shape[1]} annotation vectors are of no grid of the encoder: {self.encoder.grids}")
