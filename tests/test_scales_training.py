@@ -131,6 +131,7 @@ def test_training_says_which_size_has_a_dead_attention(tiny_data, tmp_path, caps
     run = start(scaled(tiny_data, tmp_path / "run"))
     (coarse,) = run.evaluated.further
     with torch.no_grad():
+        run.evaluated.decoder.attention.alignment.v.weight.mul_(1000)  # one place
         coarse.attention.alignment.v.weight.zero_()  # it can see nothing: uniform for ever
     for epoch in range(3):
         run.progress.epoch = epoch
