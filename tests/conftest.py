@@ -15,7 +15,10 @@ from torch import nn
 
 install_import_hook(["captioning", "preprocess"], "beartype.beartype")
 
-from captioning.checkpoint import Checkpoint, build_model, save_checkpoint  # noqa: E402  hooked imports come after
+from tiny_runs import tiny_settings  # noqa: E402
+
+from captioning import training  # noqa: E402  hooked imports come after
+from captioning.checkpoint import Checkpoint, build_model, save_checkpoint  # noqa: E402
 from captioning.config import DecoderConfig, EncoderConfig, SearchConfig  # noqa: E402
 from captioning.data import CaptionData  # noqa: E402
 from captioning.vocabulary import END, START  # noqa: E402
@@ -131,3 +134,36 @@ def build_shapes(output: Path, encoder: EncoderConfig | None, **options: Any) ->
     source = {"name": "shapes", "count": 40, "seed": 0}
     build(shapes(40, seed=0), source, settings, output=output, encoder=encoder, device="cpu", workers=0)
     return output
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_data, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    training.train(tiny_settings(tiny_data, output))
+    return output
+
+
+@pytest.fixture(scope="session")
+def photos(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a.png, b.png, c.jpg (wide), a text file, and the folder other/ with another a.png."""
+    data = CaptionData(tiny_data)
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "other").mkdir()
+    names = {"a.png": (32, 32), "b.png": (32, 32), "c.jpg": (60, 40), "other/a.png": (32, 32)}
+    for i, (name, size) in enumerate(names.items()):
+        Image.fromarray(data.image(2 + i).permute(1, 2, 0).numpy()).resize(size).save(folder / name)
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+@pytest.fixture
+def call_caption(command, tiny_checkpoint, capsys):
+    """Calls caption.py; returns the exit code, the lines of standard output and those of standard error."""
+
+    def run(*words: object, checkpoint: Path = tiny_checkpoint) -> tuple[int, list[str], list[str]]:
+        code = command.main([*map(str, words), "--checkpoint", str(checkpoint), "--device", "cpu"])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return run

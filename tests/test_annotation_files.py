@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from test_build import ENCODER, command, photos
+from photo_folders import ENCODER, command, photos
 
 from captioning.checkpoint import load_checkpoint
 from captioning.data import CaptionData, CaptionDataset, Sample

@@ -12,42 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from captioning import load_captioner
-from captioning.checkpoint import PRETRAINED, build_model, load_checkpoint, save_checkpoint
+from captioning.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
 from captioning.config import SearchConfig
-from captioning.data import CaptionData
 from captioning.images import visible_box
 from captioning.vocabulary import END
 from preprocess.shapes import make_scene
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def photos(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a.png, b.png, c.jpg (wide), a text file, and the folder other/ with another a.png."""
-    data = CaptionData(tiny_data)
-    folder = tmp_path_factory.mktemp("photos")
-    (folder / "other").mkdir()
-    names = {"a.png": (32, 32), "b.png": (32, 32), "c.jpg": (60, 40), "other/a.png": (32, 32)}
-    for i, (name, size) in enumerate(names.items()):
-        Image.fromarray(data.image(2 + i).permute(1, 2, 0).numpy()).resize(size).save(folder / name)
-    (folder / "notes.txt").write_text("no photo")
-    return folder
-
-
-@pytest.fixture
-def call(command, tiny_checkpoint, capsys):
-    """Calls main; returns the exit code, the lines of standard output and those of standard error."""
-
-    def run(*words: object, checkpoint: Path = tiny_checkpoint) -> tuple[int, list[str], list[str]]:
-        code = command.main([*map(str, words), "--checkpoint", str(checkpoint), "--device", "cpu"])
-        captured = capsys.readouterr()
-        return code, captured.out.splitlines(), captured.err.splitlines()
-
-    return run
 
 
 def captioned(lines: list[str]) -> list[str]:
@@ -56,8 +29,8 @@ def captioned(lines: list[str]) -> list[str]:
     return [line.split("\t")[0] for line in lines]
 
 
-def test_a_file_gives_one_line_with_its_caption(call, photos, tiny_checkpoint):
-    code, out, err = call(photos / "a.png")
+def test_a_file_gives_one_line_with_its_caption(call_caption, photos, tiny_checkpoint):
+    code, out, err = call_caption(photos / "a.png")
     caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], beam_size=5)[0]
     assert (code, err) == (0, [])
     assert out == [f"{photos / 'a.png'}\t{caption.text}{'' if caption.finished else ' ...'}"]
@@ -72,15 +45,15 @@ def short(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "short"
 
 
-def test_a_checkpoint_captions_by_its_own_search_unless_told_otherwise(call, photos, tiny_checkpoint, short):
+def test_a_checkpoint_captions_by_its_own_search_unless_told_otherwise(call_caption, photos, tiny_checkpoint, short):
     path = photos / "a.png"
     plain, own = load_captioner(tiny_checkpoint), load_captioner(short)
     assert own.caption([path])[0].text == plain.caption([path], beam_size=1, max_length=2, no_repeat_ngram=1)[0].text
     assert len(own.caption([path])[0].words) == 2
     assert len(own.caption([path], max_length=4)[0].words) > 2
     told = ("--beam-size", 5, "--max-length", 30, "--no-repeat-ngram", 0)
-    assert call(path, checkpoint=short)[1][0].removesuffix(" ...") == f"{path}\t{own.caption([path])[0].text}"
-    assert call(path, *told, checkpoint=short) == call(path)
+    assert call_caption(path, checkpoint=short)[1][0].removesuffix(" ...") == f"{path}\t{own.caption([path])[0].text}"
+    assert call_caption(path, *told, checkpoint=short) == call_caption(path)
 
 
 def test_drawn_captions_take_nothing_of_a_checkpoints_search(photos, tiny_checkpoint, short):
@@ -89,53 +62,53 @@ def test_drawn_captions_take_nothing_of_a_checkpoints_search(photos, tiny_checkp
     assert drawn[0].text == drawn[1].text
 
 
-def test_a_folder_gives_its_image_files_in_order(call, photos):
-    code, out, _ = call(photos)
+def test_a_folder_gives_its_image_files_in_order(call_caption, photos):
+    code, out, _ = call_caption(photos)
     assert code == 0
     assert captioned(out) == [str(photos / name) for name in ("a.png", "b.png", "c.jpg")]
 
 
-def test_a_glob_gives_what_it_matches(call, photos):
-    _, out, _ = call(photos / "**" / "*.png")
+def test_a_glob_gives_what_it_matches(call_caption, photos):
+    _, out, _ = call_caption(photos / "**" / "*.png")
     assert captioned(out) == [str(photos / name) for name in ("a.png", "b.png", "other/a.png")]
 
 
-def test_a_file_that_is_named_twice_is_captioned_once(call, photos):
-    _, out, _ = call(photos / "b.png", photos / "*.png", photos)
+def test_a_file_that_is_named_twice_is_captioned_once(call_caption, photos):
+    _, out, _ = call_caption(photos / "b.png", photos / "*.png", photos)
     assert captioned(out) == [str(photos / name) for name in ("b.png", "a.png", "c.jpg")]
 
 
-def test_a_file_whose_name_looks_like_a_glob_is_taken_as_it_is(call, photos, tmp_path):
+def test_a_file_whose_name_looks_like_a_glob_is_taken_as_it_is(call_caption, photos, tmp_path):
     shutil.copy(photos / "a.png", tmp_path / "a[1].png")
-    _, out, _ = call(tmp_path / "a[1].png")
+    _, out, _ = call_caption(tmp_path / "a[1].png")
     assert captioned(out) == [str(tmp_path / "a[1].png")]
 
 
-def test_a_broken_file_stops_no_other(call, photos, tmp_path):
+def test_a_broken_file_stops_no_other(call_caption, photos, tmp_path):
     (tmp_path / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
-    alone = [line for name in ("a.png", "b.png") for line in call(photos / name)[1]]
-    code, out, err = call(photos / "a.png", tmp_path / "broken.png", photos / "b.png")
+    alone = [line for name in ("a.png", "b.png") for line in call_caption(photos / name)[1]]
+    code, out, err = call_caption(photos / "a.png", tmp_path / "broken.png", photos / "b.png")
     assert code == 2
     assert out == alone
     assert len(err) == 1
     assert err[0].startswith(f"caption: {tmp_path / 'broken.png'}: cannot be read as an image")
 
 
-def test_only_broken_files_give_no_line(call, tmp_path):
+def test_only_broken_files_give_no_line(call_caption, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
-    code, out, err = call(tmp_path, "--json", tmp_path / "x.json")
+    code, out, err = call_caption(tmp_path, "--json", tmp_path / "x.json")
     assert (code, out, len(err)) == (2, [], 1)
     assert json.loads((tmp_path / "x.json").read_text()) == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_the_batch_changes_no_caption(call, photos, batch_size):
-    assert call(photos, "--batch-size", batch_size)[1] == call(photos)[1]
+def test_the_batch_changes_no_caption(call_caption, photos, batch_size):
+    assert call_caption(photos, "--batch-size", batch_size)[1] == call_caption(photos)[1]
 
 
-def test_several_captions_come_best_first(call, photos, tiny_checkpoint):
+def test_several_captions_come_best_first(call_caption, photos, tiny_checkpoint):
     words = ("--num-captions", 3, "--sample", "--max-length", 6)
-    _, out, _ = call(photos / "a.png", *words)
+    _, out, _ = call_caption(photos / "a.png", *words)
     assert captioned(out) == [str(photos / "a.png")] * 3
     options = {"num_captions": 3, "sample": True, "max_length": 6}
     best = load_captioner(tiny_checkpoint).caption([photos / "a.png"], **options)[0]
@@ -143,110 +116,10 @@ def test_several_captions_come_best_first(call, photos, tiny_checkpoint):
     assert best.score >= best.alternatives[0].score >= best.alternatives[1].score
 
 
-def test_samples_follow_the_seed(call, photos):
-    first, again, *others = (call(photos / "a.png", "--sample", "--seed", seed)[1] for seed in (1, 1, 2, 3, 4))
+def test_samples_follow_the_seed(call_caption, photos):
+    first, again, *others = (call_caption(photos / "a.png", "--sample", "--seed", seed)[1] for seed in (1, 1, 2, 3, 4))
     assert first == again
     assert any(first != other for other in others)
-
-
-def test_json_on_standard_output_holds_the_attention_of_every_word(call, photos):
-    code, out, err = call(photos, "--json", "-", "--max-length", 8)
-    values = json.loads("\n".join(out))
-    assert code == 0
-    assert captioned(err) == [value["image"] for value in values]  # the lines step aside
-    for value in values:
-        alphas, count = np.array(value["alphas"]), len(value["words"])
-        assert alphas.shape == (count, 4, 4)
-        np.testing.assert_allclose(alphas.sum((1, 2)), 1, atol=16 * 5e-6)  # rounded to five digits
-        assert len(value["log_probs"]) == len(value["betas"]) == count
-        assert value["text"] == " ".join(value["words"])
-    assert values[2]["box"] == {"left": 10, "top": 0, "right": 50, "bottom": 40}  # the centre of 60x40
-
-
-def test_json_in_a_file_holds_the_same(call, photos, tmp_path):
-    code, out, _ = call(photos, "--json", tmp_path / "new" / "x.json")
-    assert code == 0
-    values = json.loads((tmp_path / "new" / "x.json").read_text())
-    assert [f"{v['image']}\t{v['text']}{'' if v['finished'] else ' ...'}" for v in values] == out
-
-
-def test_overlays_are_written_one_per_photo(call, photos, tmp_path):
-    code, _, err = call(photos / "*.png", "--overlay", tmp_path / "new" / "folder", "--max-length", 4)
-    assert code == 0
-    folder = tmp_path / "new" / "folder"
-    assert err == [f"{photos / name}.png: {folder / name}.png" for name in ("a", "b")]
-    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
-    with Image.open(folder / "a.png") as figure:
-        assert figure.format == "PNG"
-        assert min(figure.size) > 50
-
-
-@pytest.fixture
-def without_attention(tiny_checkpoint, tmp_path) -> Path:
-    """A checkpoint of a decoder that never looks."""
-    first = load_checkpoint(tiny_checkpoint)
-    decoder = dataclasses.replace(first.decoder, name="lstm")
-    model, _ = build_model(first.encoder, decoder, len(first.vocabulary))
-    save_checkpoint(tmp_path / "lstm", dataclasses.replace(first, model=model, decoder=decoder))
-    return tmp_path / "lstm"
-
-
-def test_a_model_without_attention_says_so_instead_of_drawing(call, photos, tmp_path, without_attention):
-    code, out, err = call(photos, "--overlay", tmp_path / "drawn", checkpoint=without_attention)
-    assert (code, out) == (2, [])
-    assert err == [f"caption: --overlay: {without_attention} has no attention to draw (its decoder attends to nothing)"]
-    assert not (tmp_path / "drawn").exists()
-
-
-def test_a_model_without_attention_captions_all_the_same(call, photos, tmp_path, without_attention):
-    words = ("--json", tmp_path / "x.json", "--words")
-    code, out, err = call(photos / "a.png", *words, checkpoint=without_attention)
-    assert (code, err) == (0, [])
-    assert not any("looked" in line or "beta" in line for line in out)
-    (values,) = json.loads((tmp_path / "x.json").read_text())
-    assert values["alphas"] is None
-    assert values["betas"] is None
-
-
-@pytest.mark.parametrize(("ending", "begins"), [("gif", b"GIF89a"), ("html", b"<!doctype html>")])
-def test_overlays_can_be_animations_and_pages(call, photos, tmp_path, ending, begins):
-    code, _, err = call(photos / "a.png", "--overlay", tmp_path, "--overlay-format", ending, "--max-length", 3)
-    assert (code, err) == (0, [f"{photos / 'a.png'}: {tmp_path / f'a.{ending}'}"])
-    assert (tmp_path / f"a.{ending}").read_bytes().lower().startswith(begins.lower())
-    assert [file.name for file in tmp_path.iterdir()] == [f"a.{ending}"]
-
-
-def test_an_overlay_of_another_kind_is_refused(tiny_checkpoint, photos, tmp_path):
-    caption = load_captioner(tiny_checkpoint).caption(photos / "a.png", max_length=2)[0]
-    with pytest.raises(ValueError, match=r"a\.tiff: an overlay ends with \.png, \.gif, \.html"):
-        caption.overlay(photos / "a.png", tmp_path / "a.tiff")
-
-
-def test_two_photos_of_one_name_give_two_overlays(call, photos, tmp_path):
-    call(photos / "a.png", photos / "other", "--overlay", tmp_path, "--max-length", 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
-
-
-def test_a_caption_without_words_has_no_overlay_and_is_no_error(call, photos, tmp_path, tiny_checkpoint):
-    silent = load_checkpoint(tiny_checkpoint)
-    with torch.no_grad():
-        silent.model.decoder.get_parameter("L_o.bias")[END] = 1e4
-    save_checkpoint(tmp_path / "silent", silent)
-    words = ("--overlay", tmp_path / "drawn", "--json", tmp_path / "x.json", "--words")
-    code, out, err = call(photos / "a.png", *words, checkpoint=tmp_path / "silent")
-    assert (code, out) == (0, [f"{photos / 'a.png'}\t"])
-    assert err == [f"{photos / 'a.png'}: no words to overlay"]
-    assert json.loads((tmp_path / "x.json").read_text())[0]["words"] == []
-
-
-def test_words_are_listed_with_probability_gate_and_place(call, photos, tiny_checkpoint):
-    _, out, _ = call(photos / "a.png", "--words", "--max-length", 3)
-    caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], max_length=3)[0]
-    assert len(out) == 1 + len(caption.words)
-    assert caption.alphas is not None
-    row, column = np.unravel_index(caption.alphas[0].argmax(), (4, 4))
-    assert out[1].split()[:4] == [caption.words[0], "log", "p", f"{caption.log_probs[0]:.3f}"]
-    assert f"looked most at row {row + 1} of 4, column {column + 1} of 4" in out[1]
 
 
 @pytest.mark.parametrize(
@@ -272,16 +145,16 @@ def test_a_mistake_is_one_line_and_exit_code_two(command, photos, tiny_checkpoin
     assert re.search(named, err[0])
 
 
-def test_an_empty_folder_says_what_it_looked_for(call, tmp_path):
-    code, out, err = call(tmp_path)
+def test_an_empty_folder_says_what_it_looked_for(call_caption, tmp_path):
+    code, out, err = call_caption(tmp_path)
     assert (code, out) == (2, [])
     assert err[0].startswith(f"caption: {tmp_path}: no image files in this folder (.bmp")
 
 
-def test_a_missing_checkpoint_names_the_pretrained_ones(call, photos, tmp_path, monkeypatch):
+def test_a_missing_checkpoint_names_the_pretrained_ones(call_caption, photos, tmp_path, monkeypatch):
     (tmp_path / "one").mkdir()
     monkeypatch.setattr("captioning.checkpoint.PRETRAINED", tmp_path)
-    code, out, err = call(photos / "a.png", checkpoint=Path("absent"))
+    code, out, err = call_caption(photos / "a.png", checkpoint=Path("absent"))
     assert (code, out) == (2, [])
     assert err == ["caption: absent: no checkpoint folder, nor one of the pretrained: one"]
 
@@ -335,12 +208,14 @@ def test_files_images_and_arrays_give_the_same_caption(photos, tiny_checkpoint):
     np.testing.assert_allclose(first.alphas.sum((1, 2)), 1, rtol=1e-5)
 
 
-def test_an_unfinished_caption_is_marked_and_has_the_score_of_its_words(call, photos, tiny_checkpoint, tmp_path):
+def test_an_unfinished_caption_is_marked_and_has_the_score_of_its_words(
+    call_caption, photos, tiny_checkpoint, tmp_path
+):
     endless = load_checkpoint(tiny_checkpoint)
     with torch.no_grad():
         endless.model.decoder.get_parameter("L_o.bias")[END] = -1e4
     save_checkpoint(tmp_path / "endless", endless)
-    _, out, _ = call(photos / "a.png", "--max-length", 3, checkpoint=tmp_path / "endless")
+    _, out, _ = call_caption(photos / "a.png", "--max-length", 3, checkpoint=tmp_path / "endless")
     caption = load_captioner(tmp_path / "endless").caption(photos / "a.png", max_length=3)[0]
     assert out == [f"{photos / 'a.png'}\t{caption.text} ..."]
     assert not caption.finished
@@ -371,14 +246,16 @@ def test_a_batch_of_nothing_is_refused(tiny_checkpoint, photos, batch_size):
         load_captioner(tiny_checkpoint).caption(photos / "a.png", batch_size=batch_size)
 
 
-def test_a_photo_that_says_it_is_turned_is_captioned_as_it_is_shown(call, photos, tiny_checkpoint, tmp_path):
+def test_a_photo_that_says_it_is_turned_is_captioned_as_it_is_shown(call_caption, photos, tiny_checkpoint, tmp_path):
     upright = Image.open(photos / "c.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6  # stored after a quarter turn anti-clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     upright.save(tmp_path / "upright.png")
     target = tmp_path / "all.json"
-    code, _, _ = call(tmp_path / "turned.png", tmp_path / "upright.png", "--json", target, "--overlay", tmp_path / "o")
+    code, _, _ = call_caption(
+        tmp_path / "turned.png", tmp_path / "upright.png", "--json", target, "--overlay", tmp_path / "o"
+    )
     turned, straight = json.loads(target.read_text())
     assert code == 0
     assert [turned[name] for name in ("words", "box", "alternatives")] == [
@@ -386,48 +263,6 @@ def test_a_photo_that_says_it_is_turned_is_captioned_as_it_is_shown(call, photos
     ]
     assert turned["log_probs"] == pytest.approx(straight["log_probs"], rel=1e-4)
     assert turned["text"] == load_captioner(tiny_checkpoint).caption([tmp_path / "turned.png"])[0].text
-
-
-def test_one_overlay_that_cannot_be_drawn_loses_nothing_else(call, command, photos, tmp_path, monkeypatch):
-    real = command.Caption.overlay
-
-    def overlay(caption, photo, path):
-        if photo.name == "a.png":
-            raise OSError("File name too long")
-        return real(caption, photo, path)
-
-    monkeypatch.setattr(command.Caption, "overlay", overlay)
-    target, files = tmp_path / "all.json", (photos / "a.png", photos / "b.png")
-    code, out, err = call(*files, "--json", target, "--overlay", tmp_path / "o")
-    assert code == 2
-    assert captioned(out) == [str(path) for path in files]
-    assert err == [
-        f"caption: {files[0]}: no overlay: File name too long",
-        f"{files[1]}: {tmp_path / 'o' / 'b.png'}",
-    ]
-    assert len(json.loads(target.read_text())) == 2
-
-
-def test_the_longest_name_that_a_file_can_have_has_an_overlay(call, photos, tmp_path):
-    photo = tmp_path / f"{'n' * 251}.png"
-    shutil.copy(photos / "a.png", photo)
-    code, _, _ = call(photo, "--overlay", tmp_path / "o")
-    assert code == 0
-    assert (tmp_path / "o" / photo.name).is_file()
-
-
-def test_json_into_a_folder_is_refused_before_the_work(call, photos, tmp_path):
-    code, out, err = call(photos / "a.png", "--json", tmp_path)
-    assert (code, out) == (2, [])
-    assert err == [f"caption: --json {tmp_path}: is a folder; give the file to write"]
-
-
-@pytest.mark.parametrize("option", [("--top-k", 1), ("--top-p", 0.5), ("--temperature", 5)])
-def test_what_only_drawing_reads_is_refused_without_it(call, photos, option):
-    code, out, err = call(photos / "a.png", *option)
-    assert (code, out) == (2, [])
-    assert "only captions that are drawn have it; set sample too (--sample)" in err[0]
-    assert call(photos / "a.png", "--sample", *option)[0] == 0
 
 
 def test_a_file_name_that_is_no_text_comes_out_as_it_went_in(photos, tiny_checkpoint, tmp_path):
@@ -439,26 +274,10 @@ def test_a_file_name_that_is_no_text_comes_out_as_it_went_in(photos, tiny_checkp
     assert (done.returncode, done.stdout.split(b"\t")[0]) == (0, name), done.stderr
 
 
-def test_weights_in_json_have_five_digits(call, photos, tmp_path):
-    assert call(photos / "a.png", "--json", tmp_path / "x.json")[0] == 0
-    (found,) = json.loads((tmp_path / "x.json").read_text())
-    numbers = [*found["betas"], *np.ravel(found["alphas"]).tolist()]
-    assert all(len(repr(number)) <= 7 or "e-" in repr(number) for number in numbers)
-
-
-def test_a_name_with_a_line_break_stays_on_its_line(call, photos, tmp_path):
+def test_a_name_with_a_line_break_stays_on_its_line(call_caption, photos, tmp_path):
     shutil.copy(photos / "a.png", tmp_path / "new\nline.png")
-    code, out, _ = call(tmp_path / "new\nline.png")
+    code, out, _ = call_caption(tmp_path / "new\nline.png")
     assert (code, captioned(out)) == (0, [f"{tmp_path}/new\\nline.png"])
-
-
-@pytest.mark.parametrize("option", ["--overlay", "--json"])
-def test_a_file_in_the_place_of_a_folder_is_named_with_its_option(call, photos, tmp_path, option):
-    (tmp_path / "afile").write_text("")
-    code, out, err = call(photos / "a.png", option, tmp_path / "afile" / "x")
-    assert (code, out, len(err)) == (2, [], 1)
-    assert err[0].startswith(f"caption: {option} {tmp_path / 'afile' / 'x'}: ")
-    assert err[0].endswith("is no folder and cannot become one: a file is in its place")
 
 
 def test_an_interruption_is_one_line(command, photos, tiny_checkpoint, monkeypatch, capsys):

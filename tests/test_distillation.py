@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_hard_training import first_batch, hard_settings
-from test_training import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
+from tiny_runs import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 from captioning import training
 from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint

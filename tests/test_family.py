@@ -17,7 +17,6 @@ from captioning.models.registry import DECODERS
 from captioning.run import start
 from captioning.vocabulary import END
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"embedding_dim": 16, "hidden_dim": 16, "attention_dim": 6}
 FAMILY = {
     "lstm": DecoderConfig(name="lstm", inject="each_step", **SIZES),

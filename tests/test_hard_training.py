@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
-from test_training import ROOT, TINY, same_bits, saved_bits, tiny_settings, train_interrupted
+from tiny_runs import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 import caption as caption_command
 from captioning import evaluate, training

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path for room in ("captioning", "preprocess") for path in (ROOT / room).rglob("*.py"))
 MODELS = [path for path in MODULES if path.parent.name == "models" and path.stem != "__init__"]
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]

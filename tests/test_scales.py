@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_DECODER, TINY_ENCODER
+from photo_folders import ENCODER, command, photos
 from PIL import Image
-from test_build import ENCODER, command, photos
-from test_training import TINY, same_bits, tiny_settings
+from tiny_runs import TINY, same_bits, tiny_settings
 from torchvision.transforms.v2 import functional as resizing
 
 from captioning import load_captioner, training

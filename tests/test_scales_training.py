@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import TINY_DECODER, TINY_ENCODER, build_shapes
-from test_training import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
+from tiny_runs import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 from torchvision.transforms.v2 import functional as resizing
 
 from captioning import load_captioner, training

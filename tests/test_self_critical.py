@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import train_interrupted
+from conftest import ROOT
+from tiny_runs import train_interrupted
 from torch import Tensor
 
 from captioning import training
@@ -37,7 +38,6 @@ from captioning.run import Run, plan, start
 from captioning.self_critical import Rollout, self_critical_sampled
 from captioning.vocabulary import END, PAD, START
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "encoder": EncoderConfig(name="resnet18", image_size=32),
     "decoder": DecoderConfig(embedding_dim=8, hidden_dim=12, attention_dim=6, dropout=0.3),

@@ -8,7 +8,8 @@ import sys
 
 import h5py
 import pytest
-from test_training import ROOT, TINY, tiny_settings, train_interrupted
+from conftest import ROOT
+from tiny_runs import TINY, tiny_settings, train_interrupted
 
 from captioning import training
 from captioning.config import EncoderConfig, SearchConfig, ValidationConfig

@@ -1,19 +1,18 @@
-"""The training loop: resumed runs end with the same bits, several processes agree, mistakes are one line."""
+"""The training loop: what it learns, says and keeps; several processes agree; mistakes are one line."""
 
 import dataclasses
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import TINY, same_bits, saved_bits, tiny_settings
 
 from captioning import training
 from captioning.api import load_captioner
@@ -25,7 +24,6 @@ from captioning.config import (
     LossConfig,
     OptimizerConfig,
     SearchConfig,
-    Settings,
     ValidationConfig,
 )
 from captioning.data import CaptionData, CaptionDataset, load_batches, shard
@@ -33,116 +31,6 @@ from captioning.losses import word_nll
 from captioning.objective import teacher_forced
 from captioning.optimization import learning_rate_factor
 from captioning.run import plan, start
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "encoder": EncoderConfig(
-        name="resnet18", layer="layer2", weights=None, image_size=32, train_from="layer1", batch_norm="train"
-    ),
-    "decoder": DecoderConfig(embedding_dim=8, hidden_dim=12, attention_dim=6, dropout=0.3),
-    "optimizer": OptimizerConfig(learning_rate=0.01, encoder_learning_rate=0.01, average_decay=0.9, warmup_steps=3),
-    "validation": ValidationConfig(search=SearchConfig(beam_size=2, max_length=8)),
-    "epochs": 2,
-    "batch_size": 8,
-    "workers": 0,
-    "augment": "crop",
-}
-STEPS = 8  # 32 images x 5 captions in groups of 5, 8 groups a step, 2 epochs
-
-
-def tiny_settings(data: Path, output: Path, **changes: Any) -> Settings:
-    return Settings(**{**TINY, "data": str(data), "output": str(output), **changes})
-
-
-def saved_bits(folder: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(folder / "last" / "model.safetensors") | read_tensors(folder / "last" / "training.safetensors")
-
-
-def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(scope="module")
-def whole_run(tiny_data, tmp_path_factory) -> Path:
-    """A run that nothing interrupted."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    training.train(tiny_settings(tiny_data, output))
-    return output
-
-
-def train_interrupted(settings: Settings, after: int) -> None:
-    """Train until a signal comes, after so many steps."""
-    real_step, steps = training.train_step, 0
-
-    def step_then_signal(run, batch):
-        nonlocal steps
-        steps += 1
-        result = real_step(run, batch)
-        if steps == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_step", step_then_signal)
-        with pytest.raises(training.Interrupted, match="--resume true"):
-            training.train(settings)
-
-
-@pytest.mark.parametrize("stop_after", range(1, STEPS))
-def test_a_run_interrupted_after_any_step_and_resumed_ends_with_the_same_bits(
-    stop_after, whole_run, tiny_data, tmp_path
-):
-    settings = tiny_settings(tiny_data, tmp_path / "run")
-    train_interrupted(settings, stop_after)
-    training.train(dataclasses.replace(settings, resume=True))
-    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
-
-
-def test_a_killed_process_resumes_from_its_last_saved_step_to_the_same_bits(whole_run, tiny_data, tmp_path):
-    recipe = tmp_path / "recipe.json"
-    settings = dataclasses.asdict(tiny_settings(tiny_data, tmp_path / "run", save_every=1))
-    recipe.write_text(json.dumps(settings))
-    command = [sys.executable, "train.py", "--config", str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    progress = tmp_path / "run" / "last" / "training.json"
-    deadline = time.monotonic() + 120
-    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert progress.exists() or (tmp_path / "run" / "last.old").exists()
-    result = subprocess.run(
-        [*command, "--resume", "true"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr
-    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
-
-
-@pytest.mark.parametrize(("max_steps", "batches"), [(3, [3, 0]), (4, [4, 0]), (6, [4, 2]), (8, [4, 4]), (99, [4, 4])])
-def test_max_steps_ends_the_run_and_its_schedule(max_steps, batches, tiny_data, tmp_path):
-    settings = tiny_settings(tiny_data, tmp_path / "run", max_steps=max_steps)
-    run = start(settings)
-    assert [len(plan(settings, run.data, epoch=epoch)) for epoch in range(2)] == batches
-    assert run.total_steps == sum(batches)
-
-
-@pytest.mark.parametrize("stop_after", [2, 5, 6])
-def test_a_run_with_max_steps_is_validated_at_its_end_and_resumes_to_the_same_bits(stop_after, tiny_data, tmp_path):
-    validation = dataclasses.replace(TINY["validation"], every=9)
-    settings = tiny_settings(tiny_data, tmp_path / "whole", max_steps=6, epochs=5, validation=validation)
-    training.train(settings)
-    progress = load_checkpoint(tmp_path / "whole" / "last").about["progress"]
-    assert (progress["step"], progress["batch"], len(progress["history"])) == (6, 0, 1)
-    assert progress["words"] > 0
-    assert progress["seconds"] > 0
-
-    again = dataclasses.replace(settings, output=str(tmp_path / "again"))
-    train_interrupted(again, stop_after)
-    for _ in range(2):  # the second time there is nothing left to do
-        training.train(dataclasses.replace(again, resume=True))
-    assert same_bits(saved_bits(tmp_path / "again"), saved_bits(tmp_path / "whole"))
-    assert len(load_checkpoint(tmp_path / "again" / "last").about["progress"]["history"]) == 1
 
 
 def test_another_seed_ends_elsewhere(whole_run, tiny_data, tmp_path):
@@ -328,43 +216,6 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(changes, message, tiny
     assert "\n" not in str(caught.value)
 
 
-def test_a_finished_run_is_not_overwritten(whole_run, tiny_data):
-    with pytest.raises(FileExistsError, match="holds a run already"):
-        training.train(tiny_settings(tiny_data, whole_run))
-
-
-def test_a_run_of_an_older_version_is_resumed(whole_run, tiny_data, tmp_path):
-    # which did not know of a setting that has its default
-    shutil.copytree(whole_run, tmp_path / "run")
-    path = tmp_path / "run" / "last" / "training.json"
-    state = json.loads(path.read_text())
-    del state["settings"]["distillation"], state["settings"]["decoder"]["gate"]
-    path.write_text(json.dumps(state))
-    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
-    state["settings"]["decoder"]["gait"] = "scalar"
-    path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"last: its settings\.decoder: no setting is called .gait."):
-        start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
-
-
-def test_a_resumed_run_may_not_change_what_the_weights_depend_on(whole_run, tiny_data):
-    settings = tiny_settings(tiny_data, whole_run, resume=True, batch_size=4)
-    with pytest.raises(ValueError, match="--resume: batch_size was 8 and is now 4"):
-        training.train(settings)
-
-
-def test_a_run_that_goes_on_elsewhere_says_that_its_bits_will_differ(whole_run, tiny_data, tmp_path, capsys):
-    shutil.copytree(whole_run, tmp_path / "run")
-    state = tmp_path / "run" / "last" / "training.json"
-    saved = json.loads(state.read_text())
-    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
-    assert "resumed elsewhere" not in capsys.readouterr().out
-    saved["machine"]["threads"] = 77
-    state.write_text(json.dumps(saved))
-    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
-    assert "resumed elsewhere (threads 77, processes 1, device cpu; now threads" in capsys.readouterr().out
-
-
 def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_data, tmp_path):
     run = start(tiny_settings(tiny_data, tmp_path / "run"))
     with torch.no_grad():
@@ -392,20 +243,6 @@ def test_the_commands_mistakes_are_one_line_and_exit_code_2(extra, tmp_path, cap
     assert error.startswith("train: ")
 
 
-def test_an_epoch_is_not_lost_when_its_validation_fails(tiny_data, tmp_path, whole_run, monkeypatch):
-    def fail(*_, **__):
-        raise MemoryError("the captions took too much")
-
-    settings = tiny_settings(tiny_data, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "caption_split", fail)
-        with pytest.raises(MemoryError):
-            training.train(settings)
-    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == STEPS // 2
-    training.train(dataclasses.replace(settings, resume=True))
-    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
-
-
 def test_eq_14_is_the_mean_over_words_and_the_mean_over_captions(tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path / "run", loss=LossConfig(lambda_ds=0.7))
     run = start(settings)
@@ -426,14 +263,6 @@ def test_eq_14_is_the_mean_over_words_and_the_mean_over_captions(tiny_data, tmp_
             penalties.append((1 - output.alphas[n, k, :length].sum(dim=0)).square().mean())
     assert len(captions) == 37
     assert found.loss.item() == pytest.approx((nll + 0.7 * sum(penalties) / 37).item(), rel=1e-5)
-
-
-def test_a_run_goes_on_without_what_it_started_from(tiny_data, tmp_path, whole_run):
-    settings = tiny_settings(tiny_data, tmp_path / "run", init_from=str(shutil.copytree(whole_run, tmp_path / "first")))
-    train_interrupted(settings, 2)
-    shutil.rmtree(tmp_path / "first")
-    training.train(dataclasses.replace(settings, resume=True))
-    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == STEPS
 
 
 def test_one_image_is_too_few_to_diagnose_and_training_says_so(tiny_data, tmp_path, capsys):

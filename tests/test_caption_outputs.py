@@ -1,0 +1,174 @@
+"""What caption.py writes beside captions: overlays, JSON and lists of words."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_caption import captioned
+
+from captioning import load_captioner
+from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
+from captioning.vocabulary import END
+
+
+def test_json_on_standard_output_holds_the_attention_of_every_word(call_caption, photos):
+    code, out, err = call_caption(photos, "--json", "-", "--max-length", 8)
+    values = json.loads("\n".join(out))
+    assert code == 0
+    assert captioned(err) == [value["image"] for value in values]  # the lines step aside
+    for value in values:
+        alphas, count = np.array(value["alphas"]), len(value["words"])
+        assert alphas.shape == (count, 4, 4)
+        np.testing.assert_allclose(alphas.sum((1, 2)), 1, atol=16 * 5e-6)  # rounded to five digits
+        assert len(value["log_probs"]) == len(value["betas"]) == count
+        assert value["text"] == " ".join(value["words"])
+    assert values[2]["box"] == {"left": 10, "top": 0, "right": 50, "bottom": 40}  # the centre of 60x40
+
+
+def test_json_in_a_file_holds_the_same(call_caption, photos, tmp_path):
+    code, out, _ = call_caption(photos, "--json", tmp_path / "new" / "x.json")
+    assert code == 0
+    values = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert [f"{v['image']}\t{v['text']}{'' if v['finished'] else ' ...'}" for v in values] == out
+
+
+def test_overlays_are_written_one_per_photo(call_caption, photos, tmp_path):
+    code, _, err = call_caption(photos / "*.png", "--overlay", tmp_path / "new" / "folder", "--max-length", 4)
+    assert code == 0
+    folder = tmp_path / "new" / "folder"
+    assert err == [f"{photos / name}.png: {folder / name}.png" for name in ("a", "b")]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
+    with Image.open(folder / "a.png") as figure:
+        assert figure.format == "PNG"
+        assert min(figure.size) > 50
+
+
+@pytest.fixture
+def without_attention(tiny_checkpoint, tmp_path) -> Path:
+    """A checkpoint of a decoder that never looks."""
+    first = load_checkpoint(tiny_checkpoint)
+    decoder = dataclasses.replace(first.decoder, name="lstm")
+    model, _ = build_model(first.encoder, decoder, len(first.vocabulary))
+    save_checkpoint(tmp_path / "lstm", dataclasses.replace(first, model=model, decoder=decoder))
+    return tmp_path / "lstm"
+
+
+def test_a_model_without_attention_says_so_instead_of_drawing(call_caption, photos, tmp_path, without_attention):
+    code, out, err = call_caption(photos, "--overlay", tmp_path / "drawn", checkpoint=without_attention)
+    assert (code, out) == (2, [])
+    assert err == [f"caption: --overlay: {without_attention} has no attention to draw (its decoder attends to nothing)"]
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_a_model_without_attention_captions_all_the_same(call_caption, photos, tmp_path, without_attention):
+    words = ("--json", tmp_path / "x.json", "--words")
+    code, out, err = call_caption(photos / "a.png", *words, checkpoint=without_attention)
+    assert (code, err) == (0, [])
+    assert not any("looked" in line or "beta" in line for line in out)
+    (values,) = json.loads((tmp_path / "x.json").read_text())
+    assert values["alphas"] is None
+    assert values["betas"] is None
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("gif", b"GIF89a"), ("html", b"<!doctype html>")])
+def test_overlays_can_be_animations_and_pages(call_caption, photos, tmp_path, ending, begins):
+    code, _, err = call_caption(photos / "a.png", "--overlay", tmp_path, "--overlay-format", ending, "--max-length", 3)
+    assert (code, err) == (0, [f"{photos / 'a.png'}: {tmp_path / f'a.{ending}'}"])
+    assert (tmp_path / f"a.{ending}").read_bytes().lower().startswith(begins.lower())
+    assert [file.name for file in tmp_path.iterdir()] == [f"a.{ending}"]
+
+
+def test_an_overlay_of_another_kind_is_refused(tiny_checkpoint, photos, tmp_path):
+    caption = load_captioner(tiny_checkpoint).caption(photos / "a.png", max_length=2)[0]
+    with pytest.raises(ValueError, match=r"a\.tiff: an overlay ends with \.png, \.gif, \.html"):
+        caption.overlay(photos / "a.png", tmp_path / "a.tiff")
+
+
+def test_two_photos_of_one_name_give_two_overlays(call_caption, photos, tmp_path):
+    call_caption(photos / "a.png", photos / "other", "--overlay", tmp_path, "--max-length", 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
+
+
+def test_a_caption_without_words_has_no_overlay_and_is_no_error(call_caption, photos, tmp_path, tiny_checkpoint):
+    silent = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        silent.model.decoder.get_parameter("L_o.bias")[END] = 1e4
+    save_checkpoint(tmp_path / "silent", silent)
+    words = ("--overlay", tmp_path / "drawn", "--json", tmp_path / "x.json", "--words")
+    code, out, err = call_caption(photos / "a.png", *words, checkpoint=tmp_path / "silent")
+    assert (code, out) == (0, [f"{photos / 'a.png'}\t"])
+    assert err == [f"{photos / 'a.png'}: no words to overlay"]
+    assert json.loads((tmp_path / "x.json").read_text())[0]["words"] == []
+
+
+def test_words_are_listed_with_probability_gate_and_place(call_caption, photos, tiny_checkpoint):
+    _, out, _ = call_caption(photos / "a.png", "--words", "--max-length", 3)
+    caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], max_length=3)[0]
+    assert len(out) == 1 + len(caption.words)
+    assert caption.alphas is not None
+    row, column = np.unravel_index(caption.alphas[0].argmax(), (4, 4))
+    assert out[1].split()[:4] == [caption.words[0], "log", "p", f"{caption.log_probs[0]:.3f}"]
+    assert f"looked most at row {row + 1} of 4, column {column + 1} of 4" in out[1]
+
+
+def test_one_overlay_that_cannot_be_drawn_loses_nothing_else(call_caption, command, photos, tmp_path, monkeypatch):
+    real = command.Caption.overlay
+
+    def overlay(caption, photo, path):
+        if photo.name == "a.png":
+            raise OSError("File name too long")
+        return real(caption, photo, path)
+
+    monkeypatch.setattr(command.Caption, "overlay", overlay)
+    target, files = tmp_path / "all.json", (photos / "a.png", photos / "b.png")
+    code, out, err = call_caption(*files, "--json", target, "--overlay", tmp_path / "o")
+    assert code == 2
+    assert captioned(out) == [str(path) for path in files]
+    assert err == [
+        f"caption: {files[0]}: no overlay: File name too long",
+        f"{files[1]}: {tmp_path / 'o' / 'b.png'}",
+    ]
+    assert len(json.loads(target.read_text())) == 2
+
+
+def test_the_longest_name_that_a_file_can_have_has_an_overlay(call_caption, photos, tmp_path):
+    photo = tmp_path / f"{'n' * 251}.png"
+    shutil.copy(photos / "a.png", photo)
+    code, _, _ = call_caption(photo, "--overlay", tmp_path / "o")
+    assert code == 0
+    assert (tmp_path / "o" / photo.name).is_file()
+
+
+def test_json_into_a_folder_is_refused_before_the_work(call_caption, photos, tmp_path):
+    code, out, err = call_caption(photos / "a.png", "--json", tmp_path)
+    assert (code, out) == (2, [])
+    assert err == [f"caption: --json {tmp_path}: is a folder; give the file to write"]
+
+
+@pytest.mark.parametrize("option", [("--top-k", 1), ("--top-p", 0.5), ("--temperature", 5)])
+def test_what_only_drawing_reads_is_refused_without_it(call_caption, photos, option):
+    code, out, err = call_caption(photos / "a.png", *option)
+    assert (code, out) == (2, [])
+    assert "only captions that are drawn have it; set sample too (--sample)" in err[0]
+    assert call_caption(photos / "a.png", "--sample", *option)[0] == 0
+
+
+def test_weights_in_json_have_five_digits(call_caption, photos, tmp_path):
+    assert call_caption(photos / "a.png", "--json", tmp_path / "x.json")[0] == 0
+    (found,) = json.loads((tmp_path / "x.json").read_text())
+    numbers = [*found["betas"], *np.ravel(found["alphas"]).tolist()]
+    assert all(len(repr(number)) <= 7 or "e-" in repr(number) for number in numbers)
+
+
+@pytest.mark.parametrize("option", ["--overlay", "--json"])
+def test_a_file_in_the_place_of_a_folder_is_named_with_its_option(call_caption, photos, tmp_path, option):
+    (tmp_path / "afile").write_text("")
+    code, out, err = call_caption(photos / "a.png", option, tmp_path / "afile" / "x")
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith(f"caption: {option} {tmp_path / 'afile' / 'x'}: ")
+    assert err[0].endswith("is no folder and cannot become one: a file is in its place")

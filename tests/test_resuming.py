@@ -1,0 +1,134 @@
+"""Runs that end early, and go on: to the same bits, with the same settings, and nothing lost."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny_runs import STEPS, TINY, same_bits, saved_bits, tiny_settings, train_interrupted
+
+from captioning import training
+from captioning.checkpoint import load_checkpoint
+from captioning.run import plan, start
+
+
+@pytest.mark.parametrize("stop_after", range(1, STEPS))
+def test_a_run_interrupted_after_any_step_and_resumed_ends_with_the_same_bits(
+    stop_after, whole_run, tiny_data, tmp_path
+):
+    settings = tiny_settings(tiny_data, tmp_path / "run")
+    train_interrupted(settings, stop_after)
+    training.train(dataclasses.replace(settings, resume=True))
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+def test_a_killed_process_resumes_from_its_last_saved_step_to_the_same_bits(whole_run, tiny_data, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    settings = dataclasses.asdict(tiny_settings(tiny_data, tmp_path / "run", save_every=1))
+    recipe.write_text(json.dumps(settings))
+    command = [sys.executable, "train.py", "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    progress = tmp_path / "run" / "last" / "training.json"
+    deadline = time.monotonic() + 120
+    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert progress.exists() or (tmp_path / "run" / "last.old").exists()
+    result = subprocess.run(
+        [*command, "--resume", "true"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+@pytest.mark.parametrize(("max_steps", "batches"), [(3, [3, 0]), (4, [4, 0]), (6, [4, 2]), (8, [4, 4]), (99, [4, 4])])
+def test_max_steps_ends_the_run_and_its_schedule(max_steps, batches, tiny_data, tmp_path):
+    settings = tiny_settings(tiny_data, tmp_path / "run", max_steps=max_steps)
+    run = start(settings)
+    assert [len(plan(settings, run.data, epoch=epoch)) for epoch in range(2)] == batches
+    assert run.total_steps == sum(batches)
+
+
+@pytest.mark.parametrize("stop_after", [2, 5, 6])
+def test_a_run_with_max_steps_is_validated_at_its_end_and_resumes_to_the_same_bits(stop_after, tiny_data, tmp_path):
+    validation = dataclasses.replace(TINY["validation"], every=9)
+    settings = tiny_settings(tiny_data, tmp_path / "whole", max_steps=6, epochs=5, validation=validation)
+    training.train(settings)
+    progress = load_checkpoint(tmp_path / "whole" / "last").about["progress"]
+    assert (progress["step"], progress["batch"], len(progress["history"])) == (6, 0, 1)
+    assert progress["words"] > 0
+    assert progress["seconds"] > 0
+
+    again = dataclasses.replace(settings, output=str(tmp_path / "again"))
+    train_interrupted(again, stop_after)
+    for _ in range(2):  # the second time there is nothing left to do
+        training.train(dataclasses.replace(again, resume=True))
+    assert same_bits(saved_bits(tmp_path / "again"), saved_bits(tmp_path / "whole"))
+    assert len(load_checkpoint(tmp_path / "again" / "last").about["progress"]["history"]) == 1
+
+
+def test_a_finished_run_is_not_overwritten(whole_run, tiny_data):
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        training.train(tiny_settings(tiny_data, whole_run))
+
+
+def test_a_run_of_an_older_version_is_resumed(whole_run, tiny_data, tmp_path):
+    # which did not know of a setting that has its default
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "last" / "training.json"
+    state = json.loads(path.read_text())
+    del state["settings"]["distillation"], state["settings"]["decoder"]["gate"]
+    path.write_text(json.dumps(state))
+    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+    state["settings"]["decoder"]["gait"] = "scalar"
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"last: its settings\.decoder: no setting is called .gait."):
+        start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+
+
+def test_a_resumed_run_may_not_change_what_the_weights_depend_on(whole_run, tiny_data):
+    settings = tiny_settings(tiny_data, whole_run, resume=True, batch_size=4)
+    with pytest.raises(ValueError, match="--resume: batch_size was 8 and is now 4"):
+        training.train(settings)
+
+
+def test_a_run_that_goes_on_elsewhere_says_that_its_bits_will_differ(whole_run, tiny_data, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    state = tmp_path / "run" / "last" / "training.json"
+    saved = json.loads(state.read_text())
+    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+    assert "resumed elsewhere" not in capsys.readouterr().out
+    saved["machine"]["threads"] = 77
+    state.write_text(json.dumps(saved))
+    start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+    assert "resumed elsewhere (threads 77, processes 1, device cpu; now threads" in capsys.readouterr().out
+
+
+def test_an_epoch_is_not_lost_when_its_validation_fails(tiny_data, tmp_path, whole_run, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("the captions took too much")
+
+    settings = tiny_settings(tiny_data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "caption_split", fail)
+        with pytest.raises(MemoryError):
+            training.train(settings)
+    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == STEPS // 2
+    training.train(dataclasses.replace(settings, resume=True))
+    assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+def test_a_run_goes_on_without_what_it_started_from(tiny_data, tmp_path, whole_run):
+    settings = tiny_settings(tiny_data, tmp_path / "run", init_from=str(shutil.copytree(whole_run, tmp_path / "first")))
+    train_interrupted(settings, 2)
+    shutil.rmtree(tmp_path / "first")
+    training.train(dataclasses.replace(settings, resume=True))
+    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == STEPS
