@@ -40,6 +40,7 @@ class DistillationConfig:
 
     Args:
         teachers: checkpoint folders or run folders; the mean of their probabilities is learned. None: no distillation.
+            Each looks at every whole photo once; what its encoder made of it is kept in memory, up to 4 GiB.
         weight: of their words in the loss; the rest, 1 - weight, is for those of the captions.
     """
 
