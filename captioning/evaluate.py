@@ -172,7 +172,8 @@ def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, imag
         ValueError: it does not; says who, and why.
     """
     if checkpoint.vocabulary != data.vocabulary:
-        raise ValueError(f"{who}: its vocabulary is not that of {data.path}")
+        words = "`python -m preprocess --vocabulary CHECKPOINT` makes data with its words"
+        raise ValueError(f"{who}: its vocabulary is not that of {data.path}; {words}")
     try:
         if images:
             check_fits(checkpoint, data)
