@@ -232,7 +232,7 @@ def test_teachers_that_do_not_fit_are_refused(teachers, tiny_data, tiny_annotati
     foreign = load_checkpoint(Path(teachers[1]))
     words = [*foreign.vocabulary.words[:-1], "zebra"]
     save_checkpoint(tmp_path / "foreign", dataclasses.replace(foreign, vocabulary=type(foreign.vocabulary)(words)))
-    with pytest.raises(ValueError, match=r"distillation\.teachers: .*foreign: its vocabulary is not that of .* --vocabulary"):
+    with pytest.raises(ValueError, match=r"foreign: its vocabulary is not that of .* --vocabulary"):
         load_teachers([str(tmp_path / "foreign")], data, FROZEN, whole=True, device="cpu")
     assert load_teachers([], data, FROZEN, whole=True, device="cpu") is None
 
