@@ -249,7 +249,7 @@ def test_eq_14_is_the_mean_over_words_and_the_mean_over_captions(tiny_data, tmp_
     run.model.eval()
     data = CaptionData(tiny_data)
     batches = load_batches(CaptionDataset(data, sides=(32,)), plan(settings, data, epoch=0), captions_per_image=5)
-    images, words, _ = next(batches)
+    images, words, *_ = next(batches)
     words[1, 2:] = 0  # three captions less
     with torch.no_grad():
         found = teacher_forced(run, images, words)
