@@ -338,7 +338,10 @@ def _diagnose(
     indices = data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
     subject = (checkpoint.model, data, indices, checkpoint.vocabulary)
     found = {}
+    stored = (checkpoint.encoder if data.encoder is None else data.encoder).sides
     for scale, side in enumerate(checkpoint.encoder.sides):
+        if side not in stored[scale : scale + 1]:  # there are no vectors of that size
+            continue
         diagnosis = diagnose(
             *subject, batch_size=options.batch_size, device=options.device, location=location, scale=scale
         )

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_DECODER
 
-from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from captioning.config import EncoderConfig, SearchConfig
 from captioning.data import CaptionData
 from captioning.evaluate import check_fits, main
@@ -124,6 +125,20 @@ def test_the_attention_of_every_size_is_diagnosed(call, two_scales, tiny_data):
     assert [out[i] for i in headings] == ["pictures of 32 pixels:", "pictures of 48 pixels:"]
     for i, name in zip(headings, ("diagnosis", "diagnosis_48"), strict=True):
         assert out[i + 2].endswith(f"{found[name]['nll']:.4f}")
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_size_whose_vectors_are_not_stored_is_not_diagnosed(call, tiny_annotations, tmp_path):
+    data = CaptionData(tiny_annotations)
+    config = dataclasses.replace(data.encoder, scales=(48,))
+    model, encoder = build_model(config, TINY_DECODER, len(data.vocabulary), encoder_state=data.encoder_state())
+    save_checkpoint(tmp_path / "two", Checkpoint(model, encoder, TINY_DECODER, data.vocabulary))
+    words = ("--checkpoint", tmp_path / "two", "--data", tiny_annotations, "--beam-size", 1, "--tokenizer", "python")
+    code, out, err = call(*words, "--diagnose", 4)
+    assert (code, err) == (0, [])
+    found = json.loads(out[-1])
+    assert found["diagnosis"]["locations"] == 16
+    assert "diagnosis_48" not in found
 
 
 @pytest.mark.usefixtures("no_java")
