@@ -205,7 +205,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A training step sees N images (which? mirrored?) with K captions each; absent ones are all PAD."""
+    """What a step sees: N images, which they are and if mirrored, with K captions each (absent ones are all PAD)."""
 
     images: Shaped[Tensor, "N ..."]
     words: Integer[Tensor, "N K T"]

@@ -87,7 +87,7 @@ def test_teachers_with_equal_encoders_look_once(teachers, tiny_data, tmp_path):
     torch.testing.assert_close(found, torch.stack(thirds).mean(dim=0))
 
 
-def one_sided(paths: list[str], data: Path, **options: Any) -> tuple[Teachers, list[Any]]:
+def watched(paths: list[str], data: Path, **options: Any) -> tuple[Teachers, list[Any]]:
     """Teachers who look at whole photos, and a list that grows by the sizes of all pictures that they look at."""
     voice = Teachers(models(paths), CaptionData(data))
     looks: list[Any] = []
@@ -108,7 +108,7 @@ WORDS = torch.tensor([[[1, 5, 6, 2], [1, 6, 2, 0]], [[1, 7, 8, 2], [1, 9, 2, 0]]
 
 
 def test_teachers_look_at_every_photo_once(teachers, tiny_data):
-    voice, looks = one_sided(teachers[:1], tiny_data)
+    voice, looks = watched(teachers[:1], tiny_data)
     images, photos = photos_of(tiny_data, [3, 8, 5], [False, True, False])
     first = voice(images, WORDS, photos=photos)
     torch.testing.assert_close(first, Teachers(models(teachers[:1]))(images, WORDS))
@@ -118,16 +118,16 @@ def test_teachers_look_at_every_photo_once(teachers, tiny_data):
     images, photos = photos_of(tiny_data, [5, 3, 1], [True, False, False])  # two that are new: one in the mirror
     again = voice(images, WORDS, photos=photos)
     assert len(looks) == 5
-    alone, _ = one_sided(teachers[:1], tiny_data)  # as after a resume: what was seen before makes no difference
+    alone, _ = watched(teachers[:1], tiny_data)  # as after a resume: what was seen before makes no difference
     assert torch.equal(alone(images, WORDS, photos=photos), again)
 
 
 def test_what_there_is_no_room_for_is_looked_at_again(teachers, tiny_data):
     images, photos = photos_of(tiny_data, [3, 8, 5], [False, True, False])
-    whole, _ = one_sided(teachers, tiny_data)
+    whole, _ = watched(teachers, tiny_data)
     expected = whole(images, WORDS, photos=photos)
     size = 4 * 4 * 128 * 4  # of one photo's vectors
-    voice, looks = one_sided(teachers, tiny_data, room=2 * size)
+    voice, looks = watched(teachers, tiny_data, room=2 * size)
     for _ in range(2):
         assert torch.equal(voice(images, WORDS, photos=photos), expected)
     assert len(looks) == 2 * (3 + 1)  # by each of two encoders: all three, and then one of them
