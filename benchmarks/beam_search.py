@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.report import Line, best_of, options, present
+from benchmarks.report import Line, best_of, formats, options, present
 from benchmarks.roofline import Phase, measure
 from benchmarks.train_step import Sizes, build_pair
 from captioning.config import SearchConfig
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a = torch.randn(many.images, many.locations, many.annotation_dim).relu()
     machine = measure(repeats=max(chosen.repeats, 2), size=chosen.product, megabytes=max(chosen.product // 8, 1))
     lines = []
-    for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for precision, dtype in formats().items():
         batches = ((many, a), (one, a[:1]))
         seconds = best_of([partial(run, decoder, x, config, dtype=dtype) for _, x in batches], chosen.repeats)
         rates = [sizes.images / s for (sizes, _), s in zip(batches, seconds, strict=True)]

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from benchmarks.report import Line, best_of, options, present
+from benchmarks.report import Line, best_of, formats, options, present
 from captioning.config import EncoderConfig
 from captioning.memory import keep_memory
 from captioning.models.depthwise import StridedDepthwise
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes = {
             name: stack.enter_context(fresh((torch.get_num_threads(), keep))) for name, (_, keep) in WAYS.items()
         }
-        for precision in ("fp32", "bf16"):
+        for precision in formats():
             best = dict.fromkeys(WAYS, float("inf"))
             for _ in range(chosen.repeats):
                 for name, (ours, _) in WAYS.items():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.report import Line, best_of, options, present
+from benchmarks.report import Line, best_of, formats, options, present
 from captioning.config import EncoderConfig
 from captioning.images import EXTENSIONS
 from captioning.memory import keep_memory
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not chosen.images:
             make_photos(folder, chosen.count)
         records = records_of(folder, chosen.count)
-        for precision in ("fp32", "bf16"):
+        for precision in formats():
             config = EncoderConfig(name=chosen.encoder, weights=None, image_size=chosen.image_size)
             annotator = Annotator(config, precision=precision, device="cpu", seed=0)
             shape = (chosen.batch_size, chosen.image_size, chosen.image_size, 3)

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from captioning.config import NumberFormat
+from captioning.precision import has_bf16
+
 PACKAGES = ("torch", "torchvision", "numpy", "h5py", "pillow")
 
 
@@ -64,14 +67,23 @@ def machine() -> str:
     names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
     processor = names[0] if names else platform.processor() or platform.machine()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    bf16 = "" if has_bf16("cpu") else ", no instructions for bf16"
     return (
-        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch; "
+        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch{bf16}; "
         f"Python {platform.python_version()}, {versions}"
     )
 
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def formats() -> dict[NumberFormat, torch.dtype]:
+    """What products are measured in: fp32, and bf16 where the processor has instructions; else it takes hours."""
+    found: dict[NumberFormat, torch.dtype] = {"fp32": torch.float32}
+    if has_bf16("cpu"):
+        found["bf16"] = torch.bfloat16
+    return found
 
 
 def best_of(actions: Sequence[Callable[[], object]], repeats: int) -> list[float]:

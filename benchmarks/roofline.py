@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.report import best_of
+from benchmarks.report import best_of, formats
 
 
 class Phase(NamedTuple):
@@ -35,7 +35,7 @@ class Machine(NamedTuple):
 def measure(*, repeats: int = 5, size: int = 2048, megabytes: int = 256) -> Machine:
     """The machine's rates: a square matrix product, and the better of copying and summing a long array."""
     products = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in formats().values():
         x, y = (torch.randn(size, size, dtype=dtype) for _ in range(2))
         products[dtype] = 2 * size**3 / best_of([lambda x=x, y=y: x @ y], repeats)[0]  # type: ignore[misc]
     source = torch.randn(megabytes * 2**18)

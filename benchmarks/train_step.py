@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from benchmarks.report import Line, best_of, options, present
+from benchmarks.report import Line, best_of, formats, options, present
 from benchmarks.roofline import Phase, measure
 from captioning.config import DecoderConfig, OptimizerConfig
 from captioning.losses import doubly_stochastic_penalty, word_nll
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     machine = measure(repeats=max(chosen.repeats, 2), size=chosen.product, megabytes=max(chosen.product // 8, 1))
     lines = []
-    for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for precision, dtype in formats().items():
         lines.append(Line(f"{precision} matrix products", f"{machine.products[dtype] / 1e9:.0f} GFLOP/s"))
         for name, sizes, goal in cases:
             found = measure_case(sizes, dtype, chosen.repeats)

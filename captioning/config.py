@@ -15,6 +15,8 @@ from captioning.model_config import DecoderConfig, EncoderConfig, RegionEncoderC
 
 Location = Literal["argmax", "sample", "expected"]
 LOCATIONS: tuple[Location, ...] = get_args(Location)
+NumberFormat = Literal["fp32", "bf16"]
+Precision = Literal["auto", NumberFormat]
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ class Settings:
         batch_size: images per step, over all processes.
         captions_per_image: captions of one image in one step; they share its encoder work and its keys.
         augment: none, flip, crop or crop_flip; needs pixels, or flip annotation vectors of `preprocess --mirror`.
-        precision: fp32, or bf16 matrix products.
+        precision: of matrix products: fp32, bf16, or auto: bf16 if the device has instructions for it, else fp32.
         seed: of initial weights, order, dropout and augmentation.
         workers: processes that read data; 0 reads in the main one.
         save_every: steps between saved training states inside an epoch; 0 saves at the end of each epoch only.
@@ -284,7 +286,7 @@ class Settings:
     batch_size: int = 32
     captions_per_image: int = 5
     augment: Literal["none", "flip", "crop", "crop_flip"] = "none"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     seed: int = 0
     workers: int = 1
     save_every: int = 0

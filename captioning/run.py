@@ -9,7 +9,7 @@ from typing import Any, TextIO, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -37,6 +37,7 @@ from captioning.optimization import (
     moving_average,
     optimizer_tensors,
 )
+from captioning.precision import number_format, slow_choice
 from captioning.reward_baselines import Baseline
 from captioning.rewards import CiderD, references_with_end
 from captioning.start import start_baseline, start_model
@@ -127,14 +128,8 @@ def start(settings: Settings) -> Run:
     state = TrainingState.load(output / "last") if settings.resume else None
     if not settings.resume and (output / "last").exists():
         raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
-    AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
     data = CaptionData(settings.data)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        cpu=not torch.accelerator.is_available(),  # torchrun's processes find each other on CPUs only when told
-        # the decoders of several scales have turns
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(settings.encoder.scales))],
-    )
+    accelerator = start_accelerator(settings)
     torch.manual_seed(settings.seed)
     last = left_last(settings, state, data)
     model, encoder = start_model(settings, data, last)
@@ -165,15 +160,23 @@ def start(settings: Settings) -> Run:
     parts = (model, wrapped, optimizer, average, baseline, teachers)
     steps_of = (min(likelihood_steps, total), total)
     run = Run(settings, accelerator, data, encoder, *parts, progress, writer, lock, *steps_of, reward)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(
-        run,
-        f"{len(data.indices('train')):,} images, {steps[0]:,} steps an epoch, {parameters:,} trained parameters, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {settings.precision}",
-    )
+    say_what_starts(run, steps[0])
     if state is not None:
         say_if_elsewhere(run, state)
     return run
+
+
+def start_accelerator(settings: Settings) -> Accelerator:
+    """Devices and processes as they are here, and products in the numbers that were asked for."""
+    AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
+    on_cpu = not torch.accelerator.is_available()  # torchrun's processes find each other on CPUs only when told
+    device = PartialState(cpu=on_cpu).device.type
+    return Accelerator(
+        mixed_precision="bf16" if number_format(settings.precision, device) == "bf16" else "no",
+        cpu=on_cpu,
+        # the decoders of several scales have turns
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(settings.encoder.scales))],
+    )
 
 
 def left_last(settings: Settings, state: TrainingState | None, data: CaptionData) -> Checkpoint | None:
@@ -214,14 +217,32 @@ def training_set(run: Run) -> CaptionDataset:
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """What the last bits of a sum depend on, beside the settings."""
-    threads = torch.get_num_threads()
-    return {"threads": threads, "processes": accelerator.num_processes, "device": accelerator.device.type}
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+    }
+
+
+def say_what_starts(run: Run, steps: int) -> None:
+    """How much of what, on what; and if the precision that was asked for is a poor choice there."""
+    images = len(run.data.indices("train"))
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    here = machine(run.accelerator)
+    say(
+        run,
+        f"{images:,} images, {steps:,} steps an epoch, {parameters:,} trained parameters, "
+        f"{here['processes']} process(es) on {here['device']}, {here['precision']}",
+    )
+    if slow := slow_choice(run.settings.precision, here["device"]):
+        say(run, slow)
 
 
 def say_if_elsewhere(run: Run, state: TrainingState) -> None:
     """A run may go on elsewhere; that it will not be to the same bits, it says."""
     now = machine(run.accelerator)
-    before = state.progress.get("machine", now)
+    before = {**now, **state.progress.get("machine", {})}  # older runs say less
     if before != now:
         was, is_now = (", ".join(f"{name} {value}" for name, value in x.items()) for x in (before, now))
         say(run, f"resumed elsewhere ({was}; now {is_now}): it goes on, but not to the same bits")
@@ -258,6 +279,7 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
     settings = to_dict(run.settings)
     for owner, name in (*((settings, x) for x in ("data", "output", "init_from")), (settings["encoder"], "weights")):
         owner[name] = owner[name] and short_name(owner[name])  # a checkpoint travels: folders of this machine stay here
+    settings["precision"] = machine(run.accelerator)["precision"]  # what auto came to
     taught = settings["distillation"]
     taught["teachers"] = [short_name(teacher) for teacher in taught["teachers"]]
     about = {

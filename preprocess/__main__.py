@@ -9,16 +9,18 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
-from captioning.config import EncoderConfig, given, one_line
+from captioning.config import EncoderConfig, Precision, given, one_line
 from captioning.files import make_place, short_name
 from captioning.memory import keep_memory
+from captioning.precision import slow_choice
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
+from preprocess.encode import torch_device
 from preprocess.shapes import Scene, instances
 from preprocess.sources import Record
 
@@ -64,6 +66,9 @@ def _run(options: argparse.Namespace) -> Summary:
     if options.source == "shapes":
         records[0].image.render(settings.image_size)  # a picture too small to draw is refused now
         companions[options.output.with_suffix(".instances.json")] = lambda: _instances(records, settings.image_size)
+    slow = slow_choice(settings.precision, torch_device(options.device).type) if encoder else None
+    if slow:
+        print(f"preprocess: {slow}", file=sys.stderr)
     return build(
         records,
         _source(options),
@@ -264,9 +269,8 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument(
         "--batch-size", type=int, default=32, help="images that are encoded at a time (default: %(default)s)"
     )
-    group.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: %(default)s)"
-    )
+    precision = "of the encoder's products; auto: bf16 if the device has instructions for it (default: %(default)s)"
+    group.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
     group.add_argument(
         "--mirror", action="store_true", help="store those of the mirrored images, too, for --augment flip"
     )

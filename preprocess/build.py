@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.config import EncoderConfig, to_dict
+from captioning.config import EncoderConfig, Precision, to_dict
 from captioning.data import SPLITS
 from captioning.model_config import Fit
 from captioning.tokenization import tokenize
@@ -41,7 +41,8 @@ class BuildSettings:
         max_length: words of a caption that are trained on; the rest is cut off. Raw captions are kept whole.
         max_missing: share of the images that may be missing or broken.
         batch_size: images that are encoded at a time.
-        precision: of the encoder: fp32, or bf16 matrix products.
+        precision: of the encoder's matrix products: fp32, bf16, or auto: bf16 if the device has instructions for it,
+            else fp32; the file says which it was.
         mirror: store the annotation vectors of the mirrored images, too, so that training can draw one of both.
         seed: of everything random.
     """
@@ -54,7 +55,7 @@ class BuildSettings:
     max_length: int = 50
     max_missing: float = 0.01
     batch_size: int = 32
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     mirror: bool = False
     seed: int = 0
 
@@ -135,6 +136,8 @@ def build(
     records, dropped = _sort_out(records)
     limit.check(dropped)
     annotator = _annotator(encoder, encoder_state, settings, device)
+    if annotator is not None:
+        settings = dataclasses.replace(settings, precision=annotator.precision)
     workers = _workers(workers, annotator)
     partial = Partial(
         output.with_name(f"{output.name}.partial"),

@@ -11,18 +11,19 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from captioning.config import EncoderConfig, one_line
+from captioning.config import EncoderConfig, Precision, one_line
 from captioning.files import short_name
 from captioning.images import read_image, to_array, to_square
 from captioning.model_config import Fit, Resample
 from captioning.models.encoder import build_encoder
+from captioning.precision import number_format
 from preprocess.sources import Record
 
 
@@ -89,7 +90,7 @@ class Annotator:
 
     Args:
         config: the encoder; what it leaves open is filled in.
-        precision: fp32, or bf16 matrix products.
+        precision: of matrix products: fp32, bf16, or auto: bf16 if the device has instructions for it, else fp32.
         device: auto, cpu, cuda or another of torch's.
         seed: of the weights, when the config wants random ones.
         state: weights of the cut network, as a checkpoint has them, to take instead of the config's.
@@ -100,13 +101,14 @@ class Annotator:
         shape: of one image's annotation vectors: (L, D), or with the mirrored ones (2, L, D); of several scales L is
             the number of all their locations.
         grids: (h, w) of each scale.
+        precision: what auto came to.
     """
 
     def __init__(
         self,
         config: EncoderConfig,
         *,
-        precision: Literal["fp32", "bf16"],
+        precision: Precision,
         device: str,
         seed: int,
         state: dict[str, Tensor] | None = None,
@@ -120,9 +122,9 @@ class Annotator:
         self.grids = encoder.grids
         self.mirror = mirror
         self.shape = (*([2] if mirror else []), sum(h * w for h, w in encoder.grids), encoder.dim)
-        self.device = _device(device)
+        self.device = torch_device(device)
         self.encoder = encoder.to(self.device)
-        self.bf16 = precision == "bf16"
+        self.precision = number_format(precision, self.device.type)
 
     def digest(self) -> str:
         """SHA-256 of the weights."""
@@ -144,7 +146,8 @@ class Annotator:
 
     def _annotate(self, pixels: np.ndarray) -> np.ndarray:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
-        with torch.inference_mode(), self._exact(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with torch.inference_mode(), self._exact(), bf16:
             a = self.encoder(images)
         values = a.half()
         if not values.isfinite().all():
@@ -161,7 +164,12 @@ class Annotator:
         return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """The device of a name: auto, cpu, cuda or another of torch's.
+
+    Raises:
+        ValueError: it is none, or not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,98 @@
+"""What products are made of: bf16 where the processor has instructions for it, or where it is asked for, else fp32."""
+
+import json
+
+import pytest
+import torch
+from photo_folders import ENCODER, command, photos
+from tiny_runs import tiny_settings
+
+from captioning import training
+from captioning.checkpoint import load_checkpoint
+from captioning.data import CaptionData
+from captioning.precision import number_format, slow_choice
+from captioning.run import start
+from preprocess.__main__ import main
+
+SLOW = "precision=bf16: this processor has no instructions for it"
+
+
+@pytest.fixture
+def capable(monkeypatch):
+    """Tells torch what the processor can do, and hides GPUs."""
+
+    def of(**capabilities: bool) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return of
+
+
+@pytest.mark.parametrize("name", ["amx_bf16", "avx512_bf16", "bf16", "sve_bf16"])
+def test_auto_is_bf16_where_the_processor_has_it(name, capable):
+    capable(avx2=True, **{name: True})
+    assert number_format("auto", "cpu") == "bf16"
+    assert slow_choice("bf16", "cpu") is None
+
+
+def test_auto_is_fp32_where_the_processor_lacks_it(capable):
+    capable(avx2=True, avx512_f=True, avx512_bf16=False)
+    assert number_format("auto", "cpu") == "fp32"
+    assert slow_choice("auto", "cpu") is None
+
+
+def test_instructions_that_the_library_cannot_use_do_not_count(capable, monkeypatch):
+    capable(avx512_bf16=True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert number_format("auto", "cpu") == "fp32"
+
+
+@pytest.mark.parametrize(("has_it", "made_in"), [(True, "bf16"), (False, "fp32")])
+def test_on_a_gpu_the_gpu_decides(has_it, made_in, capable, monkeypatch):
+    capable(avx512_bf16=not has_it)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
+    assert number_format("auto", "cuda") == made_in
+    assert slow_choice("bf16", "cuda") is None
+
+
+@pytest.mark.parametrize("asked", ["fp32", "bf16"])
+def test_what_is_asked_for_is_done(asked, capable):
+    capable()
+    assert number_format(asked, "cpu") == asked
+
+
+@pytest.mark.parametrize(("has_it", "made_in"), [(True, "bf16"), (False, "fp32")])
+def test_a_run_says_and_stores_what_auto_came_to(has_it, made_in, capable, tiny_data, tmp_path, capsys):
+    capable(avx512_bf16=has_it)
+    best = training.train(tiny_settings(tiny_data, tmp_path / "run", precision="auto", epochs=1))
+    printed = capsys.readouterr().out
+    assert f"1 process(es) on cpu, {made_in}\n" in printed
+    assert SLOW not in printed
+    assert load_checkpoint(best).about["settings"]["precision"] == made_in
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["precision"] == "auto"
+
+
+def test_a_run_that_goes_on_where_auto_is_something_else_says_so(capable, tiny_data, tmp_path, capsys):
+    capable(avx512_bf16=True)
+    training.train(tiny_settings(tiny_data, tmp_path / "run", precision="auto", epochs=1))
+    capable()
+    start(tiny_settings(tiny_data, tmp_path / "run", precision="auto", epochs=1, resume=True))
+    assert "precision bf16; now threads" in capsys.readouterr().out
+
+
+def test_a_slow_choice_is_called_one(capable, tiny_data, tmp_path, capsys):
+    capable()
+    start(tiny_settings(tiny_data, tmp_path / "run", precision="bf16"))
+    assert SLOW in capsys.readouterr().out
+    root = photos(tmp_path / "in", 3)
+    assert main(command(root, tmp_path / "d.h5", *ENCODER, "--precision", "bf16", "--device", "cpu", size=64)) == 0
+    assert SLOW in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("has_it", "made_in"), [(True, "bf16"), (False, "fp32")])
+def test_a_file_of_vectors_says_what_auto_came_to(has_it, made_in, capable, tmp_path):
+    capable(avx512_bf16=has_it)
+    root = photos(tmp_path / "in", 3)
+    assert main(command(root, tmp_path / "d.h5", *ENCODER, "--precision", "auto", "--device", "cpu", size=64)) == 0
+    assert CaptionData(tmp_path / "d.h5").settings["precision"] == made_in
