@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import Line, options, present
-from captioning.run import machine, start
+from captioning.run import start
 from captioning.settings import parse_settings
 from captioning.training import train_epoch
 from preprocess.__main__ import main as preprocess
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.accelerator.end_training()
         if run.writer is not None:
             run.writer.close()
-    what = f"{chosen.config}, {run.progress.step} steps, {machine(run.accelerator)['precision']}"
+    what = f"{chosen.config}, {run.progress.step} steps, {run.settings.precision}"
     lines = [
         Line(what, f"{share:.2%} of the time waiting", share, "of the time", "-", ("<=", 0.03)),
         Line(what, f"{rate:,.0f} words/s"),

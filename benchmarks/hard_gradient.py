@@ -174,12 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", help="of the same encoder; a soft one will do")
     parser.add_argument("--images", type=int, default=8, help="in the batch, with five captions each")
     parser.add_argument("--draws", type=int, default=24, help="of each estimator on the batch")
+    parser.add_argument("--oracle-draws", type=int, default=60, help="of each estimator on the oracle, 400 at a time")
     options = parser.parse_args(arguments)
     try:
         if bool(options.data) != bool(options.checkpoint):
             raise ValueError("--data and --checkpoint go together")
-        if options.images < 1 or options.draws < 2:
-            raise ValueError(f"--images must be at least 1 and --draws 2 (got {options.images} and {options.draws})")
+        if options.images < 1 or options.draws < 2 or options.oracle_draws < 2:
+            asked = f"{options.images}, {options.draws} and {options.oracle_draws}"
+            raise ValueError(f"--images must be at least 1, --draws and --oracle-draws 2 (got {asked})")
         real = real_batch(options.data, options.checkpoint, options.images) if options.data else None
     except (ValueError, OSError) as error:
         print(f"hard_gradient: {one_line(error)}", file=sys.stderr)
@@ -187,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     oracle = small_oracle()
     soft = soft_seconds(oracle)
     truth = exact_gradient(oracle)
-    rows = {name: measure(oracle, truth, hard, draws=60, copies=400, soft=soft) for name, hard in ESTIMATORS.items()}
+    rows = {
+        name: measure(oracle, truth, hard, draws=options.oracle_draws, copies=400, soft=soft)
+        for name, hard in ESTIMATORS.items()
+    }
     table("the oracle; the truth is exact", rows)
     if real is not None:
         soft, many = soft_seconds(real), 4 * options.draws

@@ -89,6 +89,7 @@ class Diagnosis:
         values = {
             "entropy": self.entropy,
             "largest_alpha": self.largest,
+            "off_argmax": self.off_argmax,
             "mutual_information": self.mutual_information,
             "mutual_information_null": self.mutual_information_null,
             "movement_nouns": self.movement_nouns,
@@ -98,14 +99,24 @@ class Diagnosis:
         }
         return {name: round(value, 4) for name, value in values.items() if value is not None and math.isfinite(value)}
 
+    def curves(self) -> dict[str, float]:
+        """The main numbers, and those that say more of them: entropy by word, and what other weights would cost."""
+        words = {f"entropy_of_word_{i}": x for i, x in enumerate(self.entropy_by_position or (), 1)}
+        costs = {f"nll_{name}": x for name, x in (self.listening or {}).items()}
+        return {**self.main_numbers(), **{name: round(x, 4) for name, x in {**words, **costs}.items()}}
+
     def line(self) -> str:
         """One line for the log."""
         if self.entropy is None:
             return f"attention: none in this model; nll {self.nll:.4f}"
-        parts = [f"H/ln L {self.entropy:.3f}", f"largest alpha {self.largest:.3f}"]
+        by_word = " ".join(f"{x:.2f}" for x in self.entropy_by_position or ())
+        parts = [f"H/ln L {self.entropy:.3f} (by word {by_word})", f"largest alpha {self.largest:.3f}"]
+        if self.off_argmax is not None:
+            parts.append(f"samples off the argmax {self.off_argmax:.3f}")
         parts.append(f"mutual information {self.mutual_information:.3f} (shuffled {self.mutual_information_null:.3f})")
         if self.listening is not None:
-            parts += [f"listening gap {self.listening_gap:.4f} nats/word"]
+            others = ", ".join(f"{name} {x:+.3f}" for name, x in self.listening.items() if name != "exchanged")
+            parts += [f"listening gap {self.listening_gap:.4f} nats/word ({others})"]
         if self.gradient_snr is not None:
             parts.append(f"gradient signal/noise {self.gradient_snr:.2g}")
         return "attention: " + ", ".join(parts)

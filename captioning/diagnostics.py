@@ -17,7 +17,7 @@ FLAT = 0.98
 DEAF = 0.01
 """Below this listening gap, in nats per word, the decoder does not use where the attention lies."""
 PATIENCE = 3
-"""So many validations in a row, and training says so."""
+"""So many validations in a row, or all of a run that has fewer, and training says so."""
 
 
 def normalised_entropy(alphas: Float[Tensor, "*W L"]) -> Float[Tensor, "*W"]:
@@ -109,17 +109,20 @@ def importance_weighted_bound(log_weights: Float[Tensor, "*B K"]) -> Float[Tenso
     return log_weights.logsumexp(dim=-1) - math.log(log_weights.shape[-1])
 
 
-def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False, at: str = "") -> str | None:
-    """What to say if the attention has been dead for PATIENCE validations, else None.
+def collapse(
+    history: Sequence[Mapping[str, Any]], *, hard: bool = False, at: str = "", patience: int = PATIENCE
+) -> str | None:
+    """What to say if the attention has been dead for the last validations, else None.
 
     Args:
         history: what each validation found; `entropy` and `listening_gap` where it was diagnosed.
         hard: whether locations are sampled: other settings help.
         at: what is behind these names where the attention of a further scale was diagnosed.
+        patience: how many validations.
     """
     entropy, gap = f"entropy{at}", f"listening_gap{at}"
-    last = [entry for entry in history if entropy in entry][-PATIENCE:]
-    if len(last) < PATIENCE:
+    last = [entry for entry in history if entropy in entry][-patience:]
+    if len(last) < patience:
         return None
     flat, deaf = (
         all(entry[entropy] > FLAT for entry in last),
@@ -135,4 +138,6 @@ def collapse(history: Sequence[Mapping[str, Any]], *, hard: bool = False, at: st
         else "set loss.lambda_ds to 0 if it is not, try another decoder.alignment, a higher optimizer.learning_rate or "
         "a finer encoder.grid"
     )
-    return f"the attention has collapsed ({' and '.join(signs)} for {PATIENCE} validations): {advice}"
+    return (
+        f"the attention has collapsed ({' and '.join(signs)} for {patience} validation{'s' * (patience > 1)}): {advice}"
+    )

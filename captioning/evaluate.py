@@ -298,11 +298,19 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], dict[i
         "split": options.split,
         "beam_size": config.beam_size,
         **look,
+        "looks": _looks(config),
         "search": {name: value for name, value in dataclasses.asdict(config).items() if name != "location"},
         "unfinished": sum(not caption.hypothesis.finished for caption in found.values()),
         "seconds": round(time.perf_counter() - began, 1),
     }
     return scores, about, _diagnose(options, ensemble.members[0], data, config.location)
+
+
+def _looks(config: SearchConfig) -> str:
+    """How often a search looks at a photo, in words."""
+    further = [(config.multi_scale, "at every size"), (config.mirror, "mirrored, too")]
+    further += [(config.paths > 1, f"along {config.paths} paths of locations")]
+    return ", ".join(["the photo", *(words for is_so, words in further if is_so)])
 
 
 def _run_theirs(options: argparse.Namespace, metrics: Sequence[str]) -> Scores:
@@ -362,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("evaluate: interrupted", file=sys.stderr)
         return 130
     print(scores.table())
-    for name in ("split", "beam_size", "location", "unfinished"):
+    for name in ("split", "beam_size", "location", "looks", "unfinished"):
         if name in about:
             print(f"{name.replace('_', ' ')}: {about[name]}")
     for i, (side, diagnosis) in enumerate(diagnoses.items()):

@@ -10,6 +10,7 @@ from typing import Any, TextIO, cast
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -129,7 +130,7 @@ def start(settings: Settings) -> Run:
     if not settings.resume and (output / "last").exists():
         raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
     data = CaptionData(settings.data)
-    accelerator = start_accelerator(settings)
+    settings, accelerator = start_accelerator(settings)
     torch.manual_seed(settings.seed)
     last = left_last(settings, state, data)
     model, encoder = start_model(settings, data, last)
@@ -166,17 +167,19 @@ def start(settings: Settings) -> Run:
     return run
 
 
-def start_accelerator(settings: Settings) -> Accelerator:
-    """Devices and processes as they are here, and products in the numbers that were asked for."""
+def start_accelerator(settings: Settings) -> tuple[Settings, Accelerator]:
+    """Devices and processes as they are here; and the settings, with what `precision: auto` comes to on them."""
     AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
-    on_cpu = not torch.accelerator.is_available()  # torchrun's processes find each other on CPUs only when told
-    device = PartialState(cpu=on_cpu).device.type
-    return Accelerator(
-        mixed_precision="bf16" if number_format(settings.precision, device) == "bf16" else "no",
+    # torchrun's processes find each other on CPUs only when told
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    precision = number_format(settings.precision, PartialState(cpu=on_cpu).device.type)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=on_cpu,
         # the decoders of several scales have turns
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(settings.encoder.scales))],
     )
+    return dataclasses.replace(settings, precision=precision), accelerator
 
 
 def left_last(settings: Settings, state: TrainingState | None, data: CaptionData) -> Checkpoint | None:
@@ -217,12 +220,8 @@ def training_set(run: Run) -> CaptionDataset:
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """What the last bits of a sum depend on, beside the settings."""
-    return {
-        "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
-    }
+    threads = torch.get_num_threads()
+    return {"threads": threads, "processes": accelerator.num_processes, "device": accelerator.device.type}
 
 
 def say_what_starts(run: Run, steps: int) -> None:
@@ -233,7 +232,7 @@ def say_what_starts(run: Run, steps: int) -> None:
     say(
         run,
         f"{images:,} images, {steps:,} steps an epoch, {parameters:,} trained parameters, "
-        f"{here['processes']} process(es) on {here['device']}, {here['precision']}",
+        f"{here['processes']} process(es) on {here['device']}, {run.settings.precision}",
     )
     if slow := slow_choice(run.settings.precision, here["device"]):
         say(run, slow)
@@ -242,7 +241,7 @@ def say_what_starts(run: Run, steps: int) -> None:
 def say_if_elsewhere(run: Run, state: TrainingState) -> None:
     """A run may go on elsewhere; that it will not be to the same bits, it says."""
     now = machine(run.accelerator)
-    before = {**now, **state.progress.get("machine", {})}  # older runs say less
+    before = state.progress.get("machine", now)
     if before != now:
         was, is_now = (", ".join(f"{name} {value}" for name, value in x.items()) for x in (before, now))
         say(run, f"resumed elsewhere ({was}; now {is_now}): it goes on, but not to the same bits")
@@ -279,7 +278,6 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
     settings = to_dict(run.settings)
     for owner, name in (*((settings, x) for x in ("data", "output", "init_from")), (settings["encoder"], "weights")):
         owner[name] = owner[name] and short_name(owner[name])  # a checkpoint travels: folders of this machine stay here
-    settings["precision"] = machine(run.accelerator)["precision"]  # what auto came to
     taught = settings["distillation"]
     taught["teachers"] = [short_name(teacher) for teacher in taught["teachers"]]
     about = {

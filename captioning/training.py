@@ -23,9 +23,10 @@ from captioning.checkpoint import save_checkpoint
 from captioning.config import Settings
 from captioning.data import Batch, load_batches, shard
 from captioning.diagnosis import diagnose, signal_to_noise
-from captioning.diagnostics import collapse
+from captioning.diagnostics import PATIENCE, collapse
 from captioning.evaluate import caption_split
 from captioning.metrics import score
+from captioning.models.attention import is_hard
 from captioning.objective import teacher_forced
 from captioning.optimization import set_learning_rate
 from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start, training_set
@@ -220,9 +221,10 @@ def validate(run: Run) -> None:
     for name, value in values.items():
         curve(run, f"val/{name}", value)
     listing = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    looked = f"location {options.search.location}, " if is_hard(model) else ""
     say(
         run,
-        f"epoch {progress.epoch + 1}: {options.split} {listing} (beam {options.search.beam_size}, "
+        f"epoch {progress.epoch + 1}: {options.split} {listing} (beam {options.search.beam_size}, {looked}"
         f"{scores.tokenisation.split(',')[0]} tokens, {len(indices)} images, {time.perf_counter() - began:.0f} s)",
     )
     watch_attention(run, indices)
@@ -261,9 +263,11 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
         at, where = f"_{side}" if scale else "", f" at {side} pixels" if len(sides) > 1 else ""
         for name, value in found.main_numbers().items():
             run.progress.history[-1][f"{name}{at}"] = value
+        for name, value in found.curves().items():
             curve(run, f"attention{at}/{name}", value)
         say(run, f"epoch {run.progress.epoch + 1}{where}: {found.line()}")
-        warning = collapse(run.progress.history, hard=found.hard, at=at)
+        patience = min(PATIENCE, -(-run.settings.epochs // run.settings.validation.every))
+        warning = collapse(run.progress.history, hard=found.hard, at=at, patience=patience)
         if warning is not None:
             say(run, f"warning{where}: {warning}")
 

@@ -5,10 +5,15 @@ import math
 
 import pytest
 import torch
+from tiny_runs import tiny_settings
 
+from benchmarks import hard_gradient
+from benchmarks.hard_oracle import small_oracle
 from benchmarks.report import Line, table
 from benchmarks.roofline import Machine, Phase
 from benchmarks.train_step import Sizes, as_ports_batch, build_pair, make_batch, necessary, ours_loss
+from captioning import training
+from captioning.config import DecoderConfig, EncoderConfig, HardConfig
 from captioning.vocabulary import END, PAD, START
 
 TOY = ["--locations", "4", "--annotation-dim", "8", "--dim", "4", "--vocabulary", "20", "--repeats", "1"]
@@ -18,6 +23,11 @@ COMMANDS = {
     "preprocess": ["--count", "3", "--image-size", "64", "--batch-size", "2", "--repeats", "1", "--workers", "0"],
     "finetune_step": ["--batch-size", "1", "--image-size", "64", "--repeats", "1"],
     "epoch": ["--count", "12", "--steps", "1", "--decoder.hidden_dim", "8", "--batch_size", "4"],
+}
+STORED = {
+    "encoder": EncoderConfig(name="resnet18", image_size=32),
+    "decoder": DecoderConfig(embedding_dim=8, hidden_dim=12, attention_dim=6),
+    "augment": "none",
 }
 SIZES = Sizes(images=3, captions=2, locations=5, annotation_dim=6, dim=4, attention_dim=7, vocabulary=30)
 
@@ -29,6 +39,39 @@ def test_a_benchmark_prints_figures_ratios_limits_and_goals(name, markdown, caps
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("figure", "ratio", "limit", "goal", "met?", "torch 2"))
     assert printed.splitlines()[-3].startswith("| ") == markdown
+
+
+def test_the_estimators_are_measured_by_hand(monkeypatch):
+    # Estimates (1, 4), (3, 0) and (2, 2), each the mean of 10, of a gradient of (3, 4): their mean is (2, 2), and the
+    # squared distances from it are 5, 5 and 0, with a variance of 10 / 2.
+    drawn = iter(torch.tensor([[1.0, 4.0], [3.0, 0.0], [2.0, 2.0], *[[0.0, 0.0]] * 6]))
+    monkeypatch.setattr(hard_gradient, "estimate", lambda *_, **__: next(drawn))
+    hard = HardConfig(baseline="none")
+    row = hard_gradient.measure(small_oracle(), torch.tensor([3.0, 4.0]), hard, draws=3, copies=10, soft=1.0)
+    assert row.bias == pytest.approx(math.hypot(1, 2) / 5)
+    assert row.noise == pytest.approx(math.sqrt(5 / 3) / 5)
+    assert row.variance == pytest.approx(5 * 10 / 25)
+
+
+def test_the_estimators_table_has_oracle_batch_and_verdicts(tiny_annotations, tmp_path, capsys):
+    best = training.train(tiny_settings(tiny_annotations, tmp_path / "run", **STORED, epochs=1))
+    words = ["--data", str(tiny_annotations), "--checkpoint", str(best), "--images", "2"]
+    assert hard_gradient.main([*words, "--draws", "2", "--oracle-draws", "2"]) == 0
+    oracle, batch = capsys.readouterr().out.split("\n2 images, ")
+    for part in (oracle, batch):
+        assert all(name in part for name in hard_gradient.ESTIMATORS)
+        assert "goal (5 times less variance, and less variance x cost): " in part
+    assert hard_gradient.main([*words, "--draws", "1"]) == 2
+    assert "--draws and --oracle-draws 2 (got 2, 1 and 60)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ratio", "cost", "verdict"), [(6.0, 1.0, "met"), (6.0, 7.0, "not met"), (4.0, 1.0, "not met")]
+)
+def test_the_estimators_verdict_asks_for_both(ratio, cost, verdict, capsys):
+    paper, chosen = hard_gradient.Row(0, 0, ratio, 1.0), hard_gradient.Row(0, 0, 1.0, cost)
+    hard_gradient.table("t", {hard_gradient.PAPER: paper, hard_gradient.CHOSEN: chosen})
+    assert capsys.readouterr().out.endswith(f"variance x cost): {verdict}\n")
 
 
 def test_the_plain_decoder_with_our_weights_has_our_loss_and_gradients():

@@ -141,6 +141,11 @@ def test_anything_less_is_no_collapse(values):
     assert collapse(history(*values)) is None
 
 
+def test_a_run_of_fewer_validations_is_judged_by_all_of_them():
+    assert "for 1 validation)" in collapse(history((0.99, 0.2)), patience=1)
+    assert collapse(history((0.99, 0.2), (0.9, 0.2)), patience=2) is None
+
+
 def test_validations_that_were_not_diagnosed_do_not_count():
     assert collapse([{"CIDEr": 0.1}] * 5) is None
     assert collapse([*history((0.99, 0), (0.99, 0)), {"CIDEr": 0.1}, *history((0.99, 0))]) is not None

@@ -43,6 +43,14 @@ def test_eq_9_the_context_is_the_annotation_at_the_location_of_each_rows_own_ima
             assert context.log_prob[row].item() == pytest.approx(context.alpha[row, context.location[row]].log().item())
 
 
+@pytest.mark.parametrize("location", ["argmax", "sample"])
+def test_one_location_is_gathered_and_no_sum_over_all_is_made(location, monkeypatch):
+    attention, memory, query = attention_and_memory()
+    monkeypatch.setattr(HardAttention, "mix", lambda *_: pytest.fail("all locations were multiplied out"))
+    with looking(attention, Look(location)):
+        attention(query, memory)
+
+
 def test_eq_8_locations_are_drawn_with_the_probabilities_alpha():
     attention, memory, query = attention_and_memory(images=1, rows=1)
     with looking(attention, Look("sample", generator=torch.Generator().manual_seed(1))):

@@ -1,5 +1,6 @@
 """Training with hard attention: it resumes to the same bits, starts from a soft model, and says what it minimises."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 from tiny_runs import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 import caption as caption_command
+from benchmarks.hard_oracle import Oracle, estimate
 from captioning import evaluate, training
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_tensors
@@ -68,6 +70,55 @@ def test_the_learned_baseline_is_trained(tiny_data, tmp_path):
     assert all(not torch.equal(x, before[name]) for name, x in run.baseline.state_dict().items())
 
 
+ASSEMBLED = [
+    *ESTIMATORS,
+    HardConfig(reward="sentence", baseline="moving_average", lambda_e=0.3, expectation_probability=0.0),
+    HardConfig(baseline="leave_one_out", samples=3, lambda_r=0.5, lambda_e=0.1, expectation_probability=0.5),
+]
+
+
+@pytest.mark.parametrize("hard", ASSEMBLED, ids=lambda hard: f"{hard.baseline}-{hard.reward}-{hard.samples}")
+def test_a_step_of_training_has_the_gradient_that_the_oracle_has_proved(hard, tiny_annotations, tmp_path):
+    # test_hard_estimators holds `estimate` against all paths; it sums over captions, and training averages over words.
+    options = {"encoder": EncoderConfig(name="resnet18", image_size=32), "augment": "none", "loss": LossConfig(0.0)}
+    decoder = dataclasses.replace(HARD, dropout=0.0)
+    settings = hard_settings(tiny_annotations, tmp_path / "run", hard, decoder=decoder, **options)
+    run = start(settings)
+    images, words = first_batch(settings)
+    lengths = (words[..., 1:] != PAD).sum(dim=-1)
+    assert len(lengths.unique()) > 1
+    baseline = copy.deepcopy(run.baseline)
+    torch.manual_seed(5)
+    teacher_forced(run, images, words).loss.backward()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        a = run.model.annotate(images)
+    oracle = Oracle(run.model.decoder, a, words)
+    found = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in oracle.parameters]
+    )
+    wanted = -estimate(oracle, hard, baseline) / lengths.sum()
+    assert wanted.norm() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learned_baselines_gradients_are_averaged_over_processes(tiny_data, tmp_path):
+    run = start(hard_settings(tiny_data, tmp_path / "run", HardConfig(baseline="learned")))
+    for parameter in run.baseline.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+
+    class OfTwo:
+        num_processes = 2
+
+        def reduce(self, values, how):
+            assert how == "mean"
+            return (values + 4.0) / 2  # the other process has 4 everywhere
+
+    run.accelerator = OfTwo()
+    training.average_gradients(run)
+    assert all((parameter.grad == 3.0).all() for parameter in run.baseline.parameters())
+
+
 @pytest.fixture(scope="module")
 def hard_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
     """The talkative tiny checkpoint, told that its attention is hard."""
@@ -117,6 +168,18 @@ def test_the_command_line_shows_the_location_and_marks_it(hard_checkpoint, tiny_
     row, column = divmod(cell, 4)
     assert f"looked at row {row + 1} of 4, column {column + 1} of 4" in capsys.readouterr().out
     assert (tmp_path / "overlays" / "photo.png").exists()
+
+
+def test_an_overlay_marks_the_cells_that_were_looked_at(hard_checkpoint, tiny_data, tmp_path):
+    photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
+    caption = load_captioner(hard_checkpoint).caption(photo, max_length=4)[0]
+    elsewhere = dataclasses.replace(caption, locations=(caption.locations + 5) % 16)
+    pictures = []
+    for name, shown in {"marked": caption, "again": caption, "elsewhere": elsewhere}.items():
+        shown.overlay(photo, tmp_path / f"{name}.png")
+        pictures.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
 
 
 def test_a_soft_checkpoint_starts_a_hard_model(tiny_data, tmp_path):

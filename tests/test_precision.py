@@ -1,5 +1,6 @@
 """What products are made of: bf16 where the processor has instructions for it, or where it is asked for, else fp32."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_runs import tiny_settings
 
 from captioning import training
 from captioning.checkpoint import load_checkpoint
+from captioning.compare import systems
 from captioning.data import CaptionData
 from captioning.precision import number_format, slow_choice
 from captioning.run import start
@@ -70,15 +72,25 @@ def test_a_run_says_and_stores_what_auto_came_to(has_it, made_in, capable, tiny_
     assert f"1 process(es) on cpu, {made_in}\n" in printed
     assert SLOW not in printed
     assert load_checkpoint(best).about["settings"]["precision"] == made_in
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["precision"] == "auto"
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["precision"] == made_in
 
 
-def test_a_run_that_goes_on_where_auto_is_something_else_says_so(capable, tiny_data, tmp_path, capsys):
+def test_a_run_goes_on_in_the_numbers_that_it_began_with(capable, tiny_data, tmp_path):
     capable(avx512_bf16=True)
-    training.train(tiny_settings(tiny_data, tmp_path / "run", precision="auto", epochs=1))
+    settings = tiny_settings(tiny_data, tmp_path / "run", precision="bf16", epochs=1)
+    training.train(settings)
+    again = dataclasses.replace(settings, precision="auto", resume=True)
+    assert start(again).settings.precision == "bf16"
     capable()
-    start(tiny_settings(tiny_data, tmp_path / "run", precision="auto", epochs=1, resume=True))
-    assert "precision bf16; now threads" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--resume: precision was 'bf16' and is now 'fp32'"):
+        start(again)
+
+
+def test_a_comparison_is_planned_with_what_auto_comes_to(capable, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capable(avx512_bf16=True)
+    (system,) = systems(["family_luong"], [0], str(tiny_data), tmp_path, [])
+    assert system.settings.precision == "bf16"
 
 
 def test_a_slow_choice_is_called_one(capable, tiny_data, tmp_path, capsys):

@@ -128,7 +128,7 @@ def test_a_start_needs_as_many_decoders(two_scales, tiny_checkpoint, tiny_data, 
 
 
 def test_training_says_which_size_has_a_dead_attention(tiny_data, tmp_path, capsys):
-    run = start(scaled(tiny_data, tmp_path / "run"))
+    run = start(scaled(tiny_data, tmp_path / "run", epochs=3))
     (coarse,) = run.evaluated.further
     with torch.no_grad():
         run.evaluated.decoder.attention.alignment.v.weight.mul_(1000)  # one place

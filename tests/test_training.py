@@ -72,6 +72,9 @@ def test_every_validation_says_what_the_attention_does(whole_run):
     curves = EventAccumulator(str(whole_run / "tensorboard")).Reload()
     points = [point.value for point in curves.Scalars("attention/entropy")]
     assert points == pytest.approx([entry["entropy"] for entry in history])
+    assert {"attention/entropy_of_word_1", "attention/nll_uniform", "attention/nll_centre"} <= set(
+        curves.Tags()["scalars"]
+    )
 
 
 @pytest.mark.parametrize("attention", ["soft", "hard"])
@@ -98,17 +101,18 @@ def test_the_signal_is_that_of_the_runs_own_objective_without_its_teachers(tiny_
     assert training.attention_signal(runs[1]) == strong
 
 
-def test_training_says_plainly_when_attention_has_collapsed(tiny_data, tmp_path, capsys):
-    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+@pytest.mark.parametrize(("epochs", "after"), [(5, 3), (2, 2)])
+def test_training_says_plainly_when_attention_has_collapsed(epochs, after, tiny_data, tmp_path, capsys):
+    run = start(tiny_settings(tiny_data, tmp_path / "run", epochs=epochs))
     with torch.no_grad():
         run.evaluated.decoder.attention.alignment.v.weight.zero_()  # it can see nothing: uniform for ever
-    for epoch in range(3):
+    for epoch in range(after):
         assert "collapsed" not in capsys.readouterr().out
         run.progress.epoch = epoch
         training.validate(run)
     warning = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warning) == 1
-    assert "H/ln L above 0.98 and a listening gap below 0.01 nats per word for 3 validations" in warning[0]
+    assert f"H/ln L above 0.98 and a listening gap below 0.01 nats per word for {after} validations" in warning[0]
     assert "loss.lambda_ds" in warning[0]
 
 
