@@ -195,7 +195,7 @@ def necessary(sizes: Sizes, words: Tensor, parameters: int, dtype: torch.dtype) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print. One caption per image, then five that share theirs, then the sizes of recipe shapes_soft."""
+    """Measure and print. One caption per image, then five that share theirs, then a small decoder."""
     parser = options(__doc__.splitlines()[0], images=32, locations=196, annotation_dim=2048, dim=512, vocabulary=9000)
     parser.add_argument("--repeats", type=int, default=3, help="timed steps, of which the shortest counts")
     parser.add_argument("--product", type=int, default=2048, help="side of the matrices that the roofline multiplies")
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [  # 7 images with 5 captions stand for the 32 captions of the first case: words per second are scaled
         ("one caption per image", Sizes(chosen.images, 1, *shared), 6.0),
         ("five captions per image", Sizes(-(-chosen.images // 5), 5, *shared), 10.0),
-        ("sizes of shapes_soft", Sizes(max(chosen.images // 2, 1), 5, 256, 64, 128, 64, 40), None),
+        ("a small decoder", Sizes(max(chosen.images // 2, 1), 5, 256, 64, 128, 64, 40), None),
     ]
     machine = measure(repeats=max(chosen.repeats, 2), size=chosen.product, megabytes=max(chosen.product // 8, 1))
     lines = []

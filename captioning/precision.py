@@ -9,7 +9,7 @@ _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def has_bf16(device: str) -> bool:
-    """Whether a kind of device (cpu, cuda ...) multiplies in bf16; without, a CPU takes a hundred times as long."""
+    """Whether a kind of device (cpu, cuda ...) has instructions for bf16; others are many times slower with it."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
@@ -28,5 +28,5 @@ def number_format(precision: Precision, device: str) -> NumberFormat:
 def slow_choice(precision: Precision, device: str) -> str | None:
     """A line for who asked for what this device is slow at; None if there is nothing to say."""
     if precision == "bf16" and device == "cpu" and not has_bf16(device):
-        return "precision=bf16: this processor has no instructions for it; auto takes fp32, perhaps 100 times faster"
+        return "precision=bf16: this processor has no instructions for it; auto takes fp32, which is many times faster"
     return None

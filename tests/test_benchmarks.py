@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_runs import tiny_settings
 
-from benchmarks import hard_gradient
+from benchmarks import hard_gradient, report
 from benchmarks.hard_oracle import small_oracle
-from benchmarks.report import Line, table
+from benchmarks.report import Line, formats, table
 from benchmarks.roofline import Machine, Phase
 from benchmarks.train_step import Sizes, as_ports_batch, build_pair, make_batch, necessary, ours_loss
 from captioning import training
@@ -20,6 +20,18 @@ TOY = ["--locations", "4", "--annotation-dim", "8", "--dim", "4", "--vocabulary"
 COMMANDS = {
     "train_step": ["--images", "2", "--product", "8", *TOY],
     "beam_search": ["--images", "2", "--product", "8", "--words", "3", *TOY],
+    "hard_step": [
+        "--count",
+        "12",
+        "--batches",
+        "1",
+        "--repeats",
+        "1",
+        "--decoder.hidden_dim",
+        "8",
+        "--batch_size",
+        "2",
+    ],
     "preprocess": ["--count", "3", "--image-size", "64", "--batch-size", "2", "--repeats", "1", "--workers", "0"],
     "finetune_step": ["--batch-size", "1", "--image-size", "64", "--repeats", "1"],
     "epoch": ["--count", "12", "--steps", "1", "--decoder.hidden_dim", "8", "--batch_size", "4"],
@@ -29,16 +41,47 @@ STORED = {
     "decoder": DecoderConfig(embedding_dim=8, hidden_dim=12, attention_dim=6),
     "augment": "none",
 }
+GOALS = {
+    "train_step": {
+        "fp32, one caption per image": [">= 6", "<= 1.6"],
+        "fp32, five captions per image": [">= 10", "<= 1.6"],
+    },
+    "beam_search": {"fp32, batch of 2": [">= 8", "-"], "fp32, batch of 1": ["-"]},
+    "preprocess": {"fp32, mobilenet_v2": [">= 0.75"]},
+    "finetune_step": {"fp32, the library's": ["-"], "fp32, depthwise": ["-"]},
+    "epoch": {"flickr8k_soft, 1 steps, ": ["<= 0.03", "-"]},
+    "hard_step": {"soft": ["-"], "hard, K = 1, learned": ["<= 1.1"], "hard, K = 5, leave-one-out": ["<= 3"]},
+}
+"""Of each line that begins so, what it asks for."""
 SIZES = Sizes(images=3, captions=2, locations=5, annotation_dim=6, dim=4, attention_dim=7, vocabulary=30)
 
 
-@pytest.mark.parametrize(("name", "markdown"), [*((name, False) for name in COMMANDS), ("beam_search", True)])
-def test_a_benchmark_prints_figures_ratios_limits_and_goals(name, markdown, capsys):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_prints_figures_ratios_limits_and_goals(name, capsys):
     main = importlib.import_module(f"benchmarks.{name}").main
-    assert main([*COMMANDS[name], *(["--markdown"] if markdown else [])]) == 0
+    assert main([*COMMANDS[name], "--markdown"]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("figure", "ratio", "limit", "goal", "met?", "torch 2"))
-    assert printed.splitlines()[-3].startswith("| ") == markdown
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in printed.splitlines() if " | " in line]
+    assert rows[0] == ["what", "figure", "ratio", "limit", "goal", "met?"]
+    for start, goals in GOALS[name].items():
+        found = [row for row in rows if row[0] == start or (start.endswith(", ") and row[0].startswith(start))]
+        assert [row[4] for row in found] == goals
+        assert all((row[5] in ("met", "not met")) == (row[4] != "-") for row in found)
+        assert all(row[2][0].isdigit() for row in found if row[4] != "-")
+    assert "torch 2" in printed.splitlines()[-1]
+
+
+def test_a_table_is_plain_unless_asked(capsys):
+    assert importlib.import_module("benchmarks.beam_search").main(COMMANDS["beam_search"]) == 0
+    assert "|" not in capsys.readouterr().out
+
+
+def test_bf16_is_measured_where_the_processor_has_it(monkeypatch):
+    monkeypatch.setattr(report, "has_bf16", lambda device: True)
+    assert formats() == {"fp32": torch.float32, "bf16": torch.bfloat16}
+    monkeypatch.setattr(report, "has_bf16", lambda device: False)
+    assert formats() == {"fp32": torch.float32}
+    assert "no instructions for bf16" in report.machine()
 
 
 def test_the_estimators_are_measured_by_hand(monkeypatch):
