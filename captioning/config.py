@@ -261,7 +261,7 @@ class Settings:
         batch_size: images per step, over all processes.
         captions_per_image: captions of one image in one step; they share its encoder work and its keys.
         augment: none, flip, crop or crop_flip; needs pixels, or flip annotation vectors of `preprocess --mirror`.
-        precision: of matrix products: fp32, bf16, or auto: bf16 if the device has instructions for it, else fp32.
+        precision: of matrix products: fp32, bf16, or auto: bf16 on CPUs and CUDA devices made for it, else fp32.
         seed: of initial weights, order, dropout and augmentation.
         workers: processes that read data; 0 reads in the main one.
         save_every: steps between saved training states inside an epoch; 0 saves at the end of each epoch only.

@@ -269,7 +269,7 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument(
         "--batch-size", type=int, default=32, help="images that are encoded at a time (default: %(default)s)"
     )
-    precision = "of the encoder's products; auto: bf16 if the device has instructions for it (default: %(default)s)"
+    precision = "of the encoder's products; auto: bf16 on CPUs and CUDA devices made for it (default: %(default)s)"
     group.add_argument("--precision", choices=get_args(Precision), default="fp32", help=precision)
     group.add_argument(
         "--mirror", action="store_true", help="store those of the mirrored images, too, for --augment flip"

@@ -41,7 +41,7 @@ class BuildSettings:
         max_length: words of a caption that are trained on; the rest is cut off. Raw captions are kept whole.
         max_missing: share of the images that may be missing or broken.
         batch_size: images that are encoded at a time.
-        precision: of the encoder's matrix products: fp32, bf16, or auto: bf16 if the device has instructions for it,
+        precision: of the encoder's matrix products: fp32, bf16, or auto: bf16 on CPUs and CUDA devices made for it,
             else fp32; the file says which it was.
         mirror: store the annotation vectors of the mirrored images, too, so that training can draw one of both.
         seed: of everything random.

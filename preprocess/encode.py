@@ -90,7 +90,7 @@ class Annotator:
 
     Args:
         config: the encoder; what it leaves open is filled in.
-        precision: of matrix products: fp32, bf16, or auto: bf16 if the device has instructions for it, else fp32.
+        precision: of matrix products: fp32, bf16, or auto: bf16 on CPUs and CUDA devices made for it, else fp32.
         device: auto, cpu, cuda or another of torch's.
         seed: of the weights, when the config wants random ones.
         state: weights of the cut network, as a checkpoint has them, to take instead of the config's.
