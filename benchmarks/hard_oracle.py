@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Integer
@@ -10,7 +11,7 @@ from torch import Tensor
 from captioning.config import DecoderConfig, HardConfig
 from captioning.hard_objective import hard_terms, training_look
 from captioning.losses import by_word, word_nll
-from captioning.models.attention import looking
+from captioning.models.attention import HardAttention, looking
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
 from captioning.reward_baselines import BASELINES, Baseline
@@ -37,10 +38,12 @@ class Oracle:
         return [p for p in self.decoder.parameters() if p.requires_grad]
 
 
-def small_oracle(seed: int = 0) -> Oracle:
+def small_oracle(seed: int = 0, *, glimpses: int = 1) -> Oracle:
     """One image with L = 3 locations and one caption of T = 3 words, in double precision, with decided attention."""
     torch.manual_seed(seed)
-    config = DecoderConfig(attention="hard", embedding_dim=3, hidden_dim=4, attention_dim=3, dropout=0.0)
+    config = DecoderConfig(
+        attention="hard", glimpses=glimpses, embedding_dim=3, hidden_dim=4, attention_dim=3, dropout=0.0
+    )
     decoder = build_decoder(config, vocabulary_size=7, annotation_dim=3).double().eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -51,7 +54,9 @@ def small_oracle(seed: int = 0) -> Oracle:
 def paths(oracle: Oracle) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """Log p(s|a) and log p(y|s,a) of every path s, through the decoder with its locations forced; with gradients."""
     places, steps = oracle.a.shape[1], oracle.words.shape[-1] - 1
-    every = torch.tensor(list(itertools.product(range(places), repeat=steps))).unsqueeze(0)
+    glimpses = cast(HardAttention, oracle.decoder.attention).glimpses
+    looks = range(places) if glimpses == 1 else itertools.permutations(range(places), glimpses)
+    every = torch.tensor(list(itertools.product(looks, repeat=steps))).unsqueeze(0)
     output = oracle.decoder(oracle.a, oracle.words.expand(1, every.shape[1], -1), locations=every)
     log_p = by_word(-word_nll(output.logits, output.targets), output.mask)
     return output.log_probs.sum(dim=-1).flatten(), log_p.sum(dim=-1).flatten()

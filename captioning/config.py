@@ -297,6 +297,8 @@ class Settings:
         not_negative(self, "max_steps", "workers", "save_every", "threads", "seed")
         if self.decoder.attention != "hard":
             unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
+        if self.decoder.glimpses > 1 and self.hard.relaxation != "none":
+            raise ValueError(f"hard.relaxation={self.hard.relaxation!r} needs decoder.glimpses=1")
         if self.decoder.name == "lstm":
             self._check_lstm()
         self._check_phases()

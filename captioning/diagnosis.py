@@ -267,10 +267,12 @@ def _add(nll: dict[str, float], name: str, output: Output) -> None:
 
 
 def _looked(output: Output, alphas: Float[Tensor, "N K T L"]) -> Float[Tensor, "N K T L"]:
-    """Where the decoder looked: its weights, or its hard locations as weights of one."""
+    """Where the decoder looked: its weights, or those of its hard locations alone, which sum to one."""
     if output.locations is None:
         return alphas
-    return F.one_hot(output.locations, alphas.shape[-1]).to(alphas.dtype)
+    places = output.locations if output.locations.dim() == 4 else output.locations.unsqueeze(-1)
+    weights = alphas.gather(-1, places).clamp(min=torch.finfo(alphas.dtype).tiny)
+    return torch.zeros_like(alphas).scatter(-1, places, weights / weights.sum(dim=-1, keepdim=True))
 
 
 def _words_of(output: Output, alphas: Float[Tensor, "N K T L"], first: int) -> _Words:

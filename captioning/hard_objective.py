@@ -44,7 +44,8 @@ def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, bas
     log_p_by_word = by_word(log_p, mask)
     rewards = REWARDS[hard.reward](log_p_by_word)
     b = baseline(rewards, states, mask)
-    sampled = mask & (locations >= 0)  # where the mean context was taken there is nothing to credit
+    first = locations if locations.dim() == 3 else locations[..., 0]  # of several glimpses
+    sampled = mask & (first >= 0)  # where the mean context was taken there is nothing to credit
     lambda_r = hard.lambda_r if hard.relaxation == "none" else 0.0
     entropy = (entropies * mask).sum()
     loss = lambda_r * (reinforce(log_probs, rewards, b) * sampled).sum() - hard.lambda_e * entropy

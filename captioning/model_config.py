@@ -131,6 +131,8 @@ class DecoderConfig:
             no attention).
         attention: soft (deterministic, eq. 13), hard (one sampled location per word, eqs. 8-9; see `HardConfig`) or
             multi_head (several soft looks at once, scaled_dot with projected values; Vaswani et al., 2017).
+        glimpses: how many different locations hard attention samples for a word: 1 (the paper), or more, weighed by
+            their alphas; with all of them it is soft.
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general, concat (Luong) or scaled_dot.
         values: what a look brings back: the annotations (the paper), or projected to attention_dim by a matrix.
         query: what attention_lstm asks with: state (h_{t-1}, the paper) or state_and_word, which has also read y_{t-1}.
@@ -157,6 +159,7 @@ class DecoderConfig:
 
     name: Literal["attention_lstm", "luong", "transformer", "lstm"] = "attention_lstm"
     attention: Literal["soft", "hard", "multi_head"] = "soft"
+    glimpses: int = 1
     alignment: Literal["additive", "concat", "dot", "general", "scaled_dot"] = "additive"
     values: Literal["annotations", "projected"] = "annotations"
     query: Literal["state", "state_and_word"] = "state"
@@ -178,7 +181,7 @@ class DecoderConfig:
     max_positions: int = 64
 
     def __post_init__(self) -> None:
-        positive(self, "embedding_dim", "hidden_dim", "attention_dim", "layers", "heads", "max_positions")
+        positive(self, "embedding_dim", "hidden_dim", "attention_dim", "layers", "heads", "max_positions", "glimpses")
         at_most(self, MAX_LAYERS, "layers")
         fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
         strange = [name for name, readers in _READERS.items() if self.name not in readers]
@@ -190,6 +193,10 @@ class DecoderConfig:
             )
         if self.attention == "multi_head" and self.alignment not in ("additive", "scaled_dot"):  # additive: not set
             raise ValueError(f"alignment={self.alignment!r} has no meaning with multi_head, which scores by scaled_dot")
+        if self.glimpses > 1 and self.attention != "hard":
+            raise ValueError(
+                f"decoder.glimpses={self.glimpses} needs decoder.attention='hard' (got {self.attention!r})"
+            )
         self._check_heads()
 
     def _check_heads(self) -> None:

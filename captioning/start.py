@@ -54,7 +54,7 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encode
             f"init_from={settings.init_from}: it has decoders for pictures of {theirs} pixels, and encoder.image_size "
             f"with encoder.scales asks for {ours}"
         )
-    free = [name for name in vars(first.decoder) if "dropout" in name]
+    free = ["glimpses", *(name for name in vars(first.decoder) if "dropout" in name)]
     if {first.decoder.attention, settings.decoder.attention} == {"soft", "hard"}:  # they have the same parameters
         free.append("attention")
     if first.decoder != dataclasses.replace(settings.decoder, **{name: getattr(first.decoder, name) for name in free}):

@@ -197,11 +197,11 @@ def test_nor_have_mean_contexts_mixed_in(oracle):
 def many_estimates(oracle: Oracle, hard: HardConfig, batches: int = 40):
     """The exact gradient, the mean of many estimates (40 batches of about a thousand) and its standard error."""
     torch.manual_seed(0)
-    baseline = new_baseline(oracle, hard)
+    baseline, exact = new_baseline(oracle, hard), exact_gradient(oracle) * 40
     oracle = dataclasses.replace(oracle, a=oracle.a.expand(40, -1, -1), words=oracle.words.expand(40, -1, -1))
     found = [estimate(oracle, hard, baseline, copies=24 // hard.samples, seed=seed) for seed in range(batches)]
     estimates = torch.stack(found)
-    return exact_gradient(small_oracle()) * 40, estimates.mean(dim=0), estimates.std(dim=0) / math.sqrt(batches)
+    return exact, estimates.mean(dim=0), estimates.std(dim=0) / math.sqrt(batches)
 
 
 def test_the_importance_weighted_bound_grows_with_the_samples_from_l_s_to_log_p(oracle):

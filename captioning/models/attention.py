@@ -35,11 +35,12 @@ class Context(NamedTuple):
     """What one attention step yields for R rows; the last three are there for hard attention only.
 
     Where it took the mean context, `location` is -1 and `log_prob` 0; when asked for that everywhere, both are None.
+    With several glimpses `location` is (R, M), and `log_prob` that of all of them in their order.
     """
 
     z: Float[Tensor, "R D"]
     alpha: Float[Tensor, "R L"]
-    location: Integer[Tensor, " R"] | None = None
+    location: Integer[Tensor, "R ..."] | None = None
     log_prob: Float[Tensor, " R"] | None = None
     entropy: Float[Tensor, " R"] | None = None
 
@@ -167,12 +168,31 @@ class HardAttention(ScoredAttention):
 
     It samples in training, and looks at the likeliest location in evaluation; `looking` changes that for a while. No
     gradient reaches alpha through z, but where z is the mean context or relaxed: that is eq. 12's part (`losses`).
+
+    With M glimpses s_t are M different locations, drawn one after the other from what is left of alpha, or the M
+    likeliest, and z_t = sum_m w_m v_{s_tm} with w_m = alpha_{s_tm} / sum_l alpha_{s_tl}: with M = 1 it is the paper's,
+    with M = L soft attention. Then z has a gradient for alpha through w, beside that of eq. 12 for what was drawn.
+
+    Args:
+        alignment: f_att.
+        value: W_v, or None.
+        glimpses: M.
     """
 
     look: Look | None = None
 
+    def __init__(self, alignment: Alignment, value: nn.Linear | None = None, *, glimpses: int = 1):
+        super().__init__(alignment, value)
+        self.glimpses = glimpses
+
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
-        """The memory of N images, each with its coin."""
+        """The memory of N images, each with its coin.
+
+        Raises:
+            ValueError: there are fewer locations than glimpses.
+        """
+        if a.shape[1] < self.glimpses:
+            raise ValueError(f"decoder.glimpses={self.glimpses} must not exceed the {a.shape[1]} locations")
         memory, look = super().prepare(a), self._look()
         if not look.expectation_probability:
             return memory
@@ -180,7 +200,7 @@ class HardAttention(ScoredAttention):
         return memory._replace(expected=coins < look.expectation_probability)
 
     def forward(
-        self, query: Float[Tensor, "R n"], memory: Memory, location: Integer[Tensor, " R"] | None = None
+        self, query: Float[Tensor, "R n"], memory: Memory, location: Integer[Tensor, "R ..."] | None = None
     ) -> Context:
         """Attend; at `location` if that is given."""
         look = self._look()
@@ -195,23 +215,46 @@ class HardAttention(ScoredAttention):
             if look.location != "argmax":  # the largest of logits with Gumbel noise is a sample of eq. 8
                 noise = torch.empty_like(log_alpha).exponential_(generator=look.generator)
                 noisy = log_alpha - noise.log()
-            location = noisy.detach().argmax(dim=-1)
-        log_prob = log_alpha.gather(-1, location.unsqueeze(-1)).squeeze(-1)
-        z = _gather(location, memory)  # eq. 9
+            location = self._largest(noisy.detach())
+        if self.glimpses == 1:
+            log_prob = log_alpha.gather(-1, location.unsqueeze(-1)).squeeze(-1)
+            z = _gather(location, memory)  # eq. 9
+        else:
+            chosen = log_alpha.gather(-1, location)
+            log_prob = drawn_in_order(chosen)
+            looked = torch.stack([_gather(one, memory) for one in location.unbind(dim=-1)], dim=1)
+            z = (chosen.softmax(dim=-1).unsqueeze(-1).to(looked.dtype) * looked).sum(dim=1)
         if look.location == "gumbel_straight_through":
             relaxed = noisy.softmax(dim=-1)
             z = z + self._mean(relaxed - relaxed.detach(), memory)  # adds zero, and the gradient
         if memory.expected is not None:
             mean = memory.expected.repeat_interleave(len(query) // len(memory.a))
             z = torch.where(mean.unsqueeze(-1), self._mean(alpha, memory), z)
-            location, log_prob = location.masked_fill(mean, -1), log_prob.masked_fill(mean, 0.0)
+            nowhere = mean if self.glimpses == 1 else mean.unsqueeze(-1)
+            location, log_prob = location.masked_fill(nowhere, -1), log_prob.masked_fill(mean, 0.0)
         return Context(z, alpha, location, log_prob, entropy)
+
+    def _largest(self, values: Float[Tensor, "R L"]) -> Integer[Tensor, "R ..."]:
+        """Where the M largest are; with Gumbel noise that is a draw without replacement (Kool et al., 2019b)."""
+        return values.argmax(dim=-1) if self.glimpses == 1 else values.topk(self.glimpses, dim=-1).indices
 
     def _mean(self, alpha: Float[Tensor, "R L"], memory: Memory) -> Float[Tensor, "R v"]:
         return self.mix(alpha.unflatten(0, (len(memory.a), -1)), memory).flatten(0, 1)
 
     def _look(self) -> Look:
         return self.look or Look("sample" if self.training else "argmax")
+
+
+def drawn_in_order(log_alpha: Float[Tensor, "R M"]) -> Float[Tensor, " R"]:
+    """Log of prod_m alpha_m / (1 - sum_{l<m} alpha_l): M locations, one after the other, none twice; Plackett (1975).
+
+    Args:
+        log_alpha: of the drawn ones, in their order.
+    """
+    alpha = log_alpha.exp()
+    gone = alpha.cumsum(dim=-1) - alpha
+    smallest = torch.finfo(alpha.dtype).eps  # of what is left, in rounded numbers
+    return (log_alpha - torch.log1p(-gone.clamp(max=1 - smallest))).sum(dim=-1)
 
 
 def _gather(location: Integer[Tensor, " R"], memory: Memory) -> Float[Tensor, "R D"]:
@@ -282,12 +325,16 @@ def build_attention(config: DecoderConfig, annotation_dim: int) -> Attention:
     return ATTENTIONS[config.attention](config, annotation_dim)
 
 
-def _build_scored(kind: type[ScoredAttention], config: DecoderConfig, annotation_dim: int) -> ScoredAttention:
+def _build_scored(kind: Callable[..., ScoredAttention], config: DecoderConfig, annotation_dim: int) -> ScoredAttention:
     alignment = ALIGNMENTS[config.alignment](
         query_dim=config.hidden_dim, annotation_dim=annotation_dim, dim=config.attention_dim
     )
     projected = config.values == "projected"
     return kind(alignment, nn.Linear(annotation_dim, config.attention_dim) if projected else None)
+
+
+def _build_hard(config: DecoderConfig, annotation_dim: int) -> ScoredAttention:
+    return _build_scored(partial(HardAttention, glimpses=config.glimpses), config, annotation_dim)
 
 
 def _build_multi_head(config: DecoderConfig, annotation_dim: int) -> MultiHeadAttention:
@@ -297,7 +344,7 @@ def _build_multi_head(config: DecoderConfig, annotation_dim: int) -> MultiHeadAt
 
 ATTENTIONS: dict[str, Callable[[DecoderConfig, int], Attention]] = {
     "soft": partial(_build_scored, SoftAttention),
-    "hard": partial(_build_scored, HardAttention),
+    "hard": _build_hard,
     "multi_head": _build_multi_head,
 }
 """Name -> builder from (config, annotation_dim)."""

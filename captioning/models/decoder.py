@@ -31,7 +31,7 @@ class Step(NamedTuple):
     state: Any
     alpha: Float[Tensor, "R L"] | None
     beta: Float[Tensor, " R"] | None
-    location: Integer[Tensor, " R"] | None = None
+    location: Integer[Tensor, "R ..."] | None = None
 
 
 class Output(NamedTuple):
@@ -46,7 +46,7 @@ class Output(NamedTuple):
     mask: Bool[Tensor, "N K T"]
     alphas: Float[Tensor, "N K T L"] | None
     betas: Float[Tensor, "N K T"] | None
-    locations: Integer[Tensor, "N K T"] | None = None
+    locations: Integer[Tensor, "N K T ..."] | None = None
     log_probs: Float[Tensor, "N K T"] | None = None
     entropies: Float[Tensor, "N K T"] | None = None
     states: Float[Tensor, "N K T n"] | None = None
@@ -200,7 +200,7 @@ class AttentionLSTM(AttendingLSTM):
         a: Float[Tensor, "N L D"],
         words: Integer[Tensor, "N K S"],
         *,
-        locations: Integer[Tensor, "N K T"] | None = None,
+        locations: Integer[Tensor, "N K T ..."] | None = None,
     ) -> Output:
         """Teacher forcing; hard attention looks at `locations` if they are given."""
         inputs, targets = words[..., :-1], words[..., 1:]
@@ -222,7 +222,7 @@ class AttentionLSTM(AttendingLSTM):
         states, steps = [state.h], []
         for t, (active, part) in enumerate(zip(corners, self.attention.by_step(memory, corners), strict=True)):
             state = State(*(resize(x, rows, active) for x in state))
-            forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(),)
+            forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(0, 1),)
             word = Reading(gates, queries[t])
             state, z, beta, context = self._recur(word, state, part, *forced, projected=project)
             states.append(resize(state.h, active, (n, k)))
@@ -245,7 +245,7 @@ class AttentionLSTM(AttendingLSTM):
         word: Reading,
         state: State,
         memory: Memory,
-        *location: Integer[Tensor, " R"],
+        *location: Integer[Tensor, "R ..."],
         projected: bool = False,
     ) -> tuple[State, Float[Tensor, "R z"], Float[Tensor, "R b"], Context]:
         """Eqs. 1-6 for one word. Returns the state, z (gated), beta and the look.

@@ -27,7 +27,7 @@ class EnsembleDecoder(Decoder):
     """Voices that hear the same words: each decoder `paths` times, all with states of their own.
 
     What it reports is on the finest grid among them: alpha is the mean of theirs, beta likewise, and `location` (R, G)
-    holds where each of the G voices with hard attention looked.
+    holds where the voices with hard attention looked, each once for every glimpse.
 
     Args:
         decoders: at least one; one that has several views of an image comes once for each.
@@ -57,7 +57,7 @@ class EnsembleDecoder(Decoder):
         alphas = [step.alpha for step in steps if step.alpha is not None]
         finest = max((alpha.shape[-1] for alpha in alphas), default=0)
         looked = [
-            refine_location(step.location, step.alpha.shape[-1], finest)
+            refine_location(step.location, step.alpha.shape[-1], finest).view(len(word), -1)
             for step in steps
             if step.location is not None and step.alpha is not None
         ]
@@ -66,7 +66,7 @@ class EnsembleDecoder(Decoder):
             state=[step.state for step in steps],
             alpha=torch.stack([refine(alpha, finest) for alpha in alphas]).mean(dim=0) if alphas else None,
             beta=torch.stack(betas).mean(dim=0) if betas else None,
-            location=torch.stack(looked, dim=-1) if looked else None,
+            location=torch.cat(looked, dim=-1) if looked else None,
         )
 
 
@@ -79,7 +79,7 @@ def refine(alpha: Float[Tensor, "R L"], locations: int) -> Float[Tensor, "R M"]:
     return (share.T @ alpha.unflatten(-1, (old, old)) @ share).flatten(-2)
 
 
-def refine_location(location: Integer[Tensor, " R"], old: int, locations: int) -> Integer[Tensor, " R"]:
+def refine_location(location: Integer[Tensor, "R ..."], old: int, locations: int) -> Integer[Tensor, "R ..."]:
     """The cell of a square grid of `locations` in which the middle of a cell of a grid of `old` lies."""
     before, after = math.isqrt(old), math.isqrt(locations)
     row, column = location // before, location % before

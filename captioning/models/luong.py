@@ -104,7 +104,7 @@ class LuongDecoder(AttendingLSTM):
         a: Float[Tensor, "N L D"],
         words: Integer[Tensor, "N K S"],
         *,
-        locations: Integer[Tensor, "N K T"] | None = None,
+        locations: Integer[Tensor, "N K T ..."] | None = None,
     ) -> Output:
         """Teacher forcing; hard attention looks at `locations` if they are given."""
         inputs, targets = words[..., :-1], words[..., 1:]
@@ -122,7 +122,7 @@ class LuongDecoder(AttendingLSTM):
         word_gates: Float[Tensor, "N K T g"],
         mask: Bool[Tensor, "N K T"],
         memory: Memory,
-        locations: Integer[Tensor, "N K T"] | None,
+        locations: Integer[Tensor, "N K T ..."] | None,
     ) -> list[Any]:
         """The LSTM word by word, then one look for all words: an image's K captions of T words are K T rows.
 
@@ -137,7 +137,7 @@ class LuongDecoder(AttendingLSTM):
             steps.append(resize(h, now, rows))
             state, active = LuongState(h, c, state.spoken), now
         h = torch.stack(steps, dim=1).flatten(0, 1)
-        forced = () if locations is None else (locations.flatten(),)
+        forced = () if locations is None else (locations.flatten(0, 2),)
         spoken, beta, context = self._look(h, memory, *forced)
         return [None if x is None else x.unflatten(0, mask.shape) for x in (h, spoken, beta, *context[1:])]
 
@@ -146,7 +146,7 @@ class LuongDecoder(AttendingLSTM):
         word_gates: Float[Tensor, "N K T g"],
         mask: Bool[Tensor, "N K T"],
         memory: Memory,
-        locations: Integer[Tensor, "N K T"] | None,
+        locations: Integer[Tensor, "N K T ..."] | None,
     ) -> list[Any]:
         """The same, looking word by word, since each look enters the next step."""
         rows = active = (mask.shape[0], mask.shape[1])
@@ -155,7 +155,7 @@ class LuongDecoder(AttendingLSTM):
         for t, (now, part) in enumerate(zip(corners, self.attention.by_step(memory, corners), strict=True)):
             state = LuongState(*(resize(x, active, now) for x in state))
             h, c = self._write(word_gates[: now[0], : now[1], t].flatten(0, 1), state)
-            forced = () if locations is None else (locations[: now[0], : now[1], t].flatten(),)
+            forced = () if locations is None else (locations[: now[0], : now[1], t].flatten(0, 1),)
             spoken, beta, context = self._look(h, part, *forced)
             steps.append([None if x is None else resize(x, now, rows) for x in (h, spoken, beta, *context[1:])])
             state, active = LuongState(h, c, spoken), now
@@ -169,7 +169,7 @@ class LuongDecoder(AttendingLSTM):
         return lstm_cell(word_gates + self.lstm_state(inputs), state.c)
 
     def _look(
-        self, h: Float[Tensor, "R n"], memory: Memory, *location: Integer[Tensor, " R"]
+        self, h: Float[Tensor, "R n"], memory: Memory, *location: Integer[Tensor, "R ..."]
     ) -> tuple[Float[Tensor, "R m"], Float[Tensor, "R b"], Context]:
         """Eqs. 5, 7 and 8: h~_t (never in bf16, since it may be fed), beta_t and the look."""
         context, beta = self.attention(h, memory, *location), self.gate(h)
