@@ -150,7 +150,7 @@ def real_batch(data_path: str, checkpoint: str, images: int) -> Oracle:
     model: Any = loaded.model.to(device).eval()
     with torch.no_grad():
         a = model.annotate(batch[0].to(device))
-    model.decoder.attention = HardAttention(model.decoder.attention.alignment)
+    model.decoder.attention = HardAttention(model.decoder.attention.alignment, glimpses=decoder.glimpses)
     return Oracle(model.decoder.eval(), a, batch[1].to(device))
 
 

@@ -80,10 +80,10 @@ def marginal(oracle: Oracle) -> Float[Tensor, ""]:
 
 
 def new_baseline(oracle: Oracle, hard: HardConfig) -> Baseline:
-    """The baseline of an estimator, of the decoder's precision."""
+    """The baseline of an estimator, of the decoder's precision and on its device."""
     hidden_dim = oracle.decoder.initial_state(oracle.decoder.prepare(oracle.a)).h.shape[-1]
     baseline = BASELINES[hard.baseline](hidden_dim=hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go")
-    return baseline.to(oracle.a.dtype)
+    return baseline.to(oracle.a)
 
 
 def estimate(

@@ -30,8 +30,8 @@ STEPS = {
 """Name -> its options of train.py, and how many soft steps it may cost."""
 
 
-def stepper(words: Sequence[str], batches: int) -> Callable[[], None]:
-    """Makes the first steps of a run, again and again."""
+def stepper(words: Sequence[str], batches: int) -> tuple[Callable[[], None], int]:
+    """Makes the first steps of a run, again and again; and how many they are."""
     run = start(parse_settings(words))
     if run.writer is not None:
         run.writer.close()
@@ -45,7 +45,7 @@ def stepper(words: Sequence[str], batches: int) -> Callable[[], None]:
         for batch in loaded:
             train_step(run, batch)
 
-    return steps
+    return steps, len(loaded)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,18 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = chosen.data or Path(name) / "made.h5"
         if not chosen.data:
             make_data(data, chosen.count)
-        actions = []
+        actions, made = [], 0
         for i, (words, _) in enumerate(STEPS.values()):
             output = stack.enter_context(tempfile.TemporaryDirectory()) + f"/{i}"
             given = ["--data", str(data), "--output", output, "--threads", str(chosen.threads)]
-            actions.append(stepper([*words, *given, *overrides], chosen.batches))
+            action, made = stepper([*words, *given, *overrides], chosen.batches)
+            actions.append(action)
         seconds = best_of(actions, chosen.repeats)
     lines = []
     for (what, (_, most)), took in zip(STEPS.items(), seconds, strict=True):
         goal = None if most is None else ("<=", most)
-        lines.append(
-            Line(what, f"{chosen.batches / took:.2f} steps/s", took / seconds[0], "x the soft step", "-", goal)
-        )
+        lines.append(Line(what, f"{made / took:.2f} steps/s", took / seconds[0], "x the soft step", "-", goal))
     present(lines, markdown=chosen.markdown)
     return 0
 

@@ -36,8 +36,9 @@ class Caption:
         alphas: (T, h, w) float32 attention over the grid, each (h, w) sums to 1; None for a model without attention.
         betas: (T,) float32, the gate at each word; None for a model without.
         locations: (T, G) int64, the cells that hard attention looked at, counted row by row: `divmod(location, w)` is
-            one's row and column. G is 1; with `mirror`, `multi_scale`, `paths` and in ensembles as many as
-            looked. None for a model without hard attention, and where it was asked for the mean context.
+            one's row and column. G is the decoder's glimpses, 1 in the paper; with `mirror`, `multi_scale`, `paths` and
+            in ensembles those of all that looked. None for a model without hard attention, and where it was asked for
+            the mean context.
         box: the part of the photo, in its pixels, that the grid covers.
         finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
         score: what alternatives are ranked by.

@@ -39,8 +39,7 @@ from captioning.evaluate import evaluate
 from captioning.files import fresh_file
 from captioning.images import open_image
 from captioning.memory import keep_memory
-from captioning.precision import number_format
-from captioning.run import Run, plan, start, training_set
+from captioning.run import Run, plan, start, start_accelerator, training_set
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train, train_step
 
@@ -109,9 +108,8 @@ def systems(
         for seed in seeds:
             folder = output / name / f"seed{seed}"
             own = ["--data", data, "--output", str(folder / "run"), "--seed", str(seed)]
-            settings = parse_settings(["--config", recipe, *overrides, *own])
-            precision = number_format(settings.precision, "cuda" if torch.cuda.is_available() else "cpu")
-            found.append(System(name, folder, dataclasses.replace(settings, precision=precision)))
+            settings, _ = start_accelerator(parse_settings(["--config", recipe, *overrides, *own]))
+            found.append(System(name, folder, settings))
     return found
 
 

@@ -30,8 +30,8 @@ class Hypothesis:
         log_probs: the model's log p of each id (its own: no temperature, nothing renormalised).
         alphas: (T, L) attention at each id, None for a model without.
         betas: (T,) gate at each id, None likewise.
-        locations: (T, G) where hard attention looked at each id, G times: once, but several views and ensembles more
-            often; None for any other, and for the mean context.
+        locations: (T, G) where hard attention looked at each id: at as many as it has glimpses, with several views and
+            in ensembles at those of all; None for any other, and for the mean context.
         finished: END was reached; otherwise this is the best that `max_length` allowed.
         score: what hypotheses are ranked by: sum of log_probs / T ** length_penalty.
     """

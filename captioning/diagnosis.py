@@ -100,9 +100,9 @@ class Diagnosis:
         return {name: round(value, 4) for name, value in values.items() if value is not None and math.isfinite(value)}
 
     def curves(self) -> dict[str, float]:
-        """The main numbers, and those that say more of them: entropy by word, and what other weights would cost."""
+        """The main numbers, and those that say more of them: entropy by word, what other weights would cost in NLL."""
         words = {f"entropy_of_word_{i}": x for i, x in enumerate(self.entropy_by_position or (), 1)}
-        costs = {f"nll_{name}": x for name, x in (self.listening or {}).items()}
+        costs = {f"nll_change_{name}": x for name, x in (self.listening or {}).items() if name != "exchanged"}
         return {**self.main_numbers(), **{name: round(x, 4) for name, x in {**words, **costs}.items()}}
 
     def line(self) -> str:

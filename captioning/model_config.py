@@ -129,7 +129,7 @@ class DecoderConfig:
         name: attention_lstm (the paper: attends with h_{t-1}, before the step), luong (attends with h_t, after it),
             transformer (attends to its words and to the image, no recurrence) or lstm (one vector of the whole image,
             no attention).
-        attention: soft (deterministic, eq. 13), hard (one sampled location per word, eqs. 8-9; see `HardConfig`) or
+        attention: soft (deterministic, eq. 13), hard (sampled locations, eqs. 8-9; see `HardConfig`) or
             multi_head (several soft looks at once, scaled_dot with projected values; Vaswani et al., 2017).
         glimpses: how many different locations hard attention samples for a word: 1 (the paper), or more, weighed by
             their alphas; with all of them it is soft.

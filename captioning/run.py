@@ -86,6 +86,7 @@ class Run:
     likelihood_steps: int
     total_steps: int
     reward: CiderD | None
+    epochs: int
 
     @property
     def complete(self) -> bool:
@@ -160,7 +161,8 @@ def start(settings: Settings) -> Run:
     reward = CiderD(references_with_end(data, "train")) if settings.self_critical.epochs else None
     parts = (model, wrapped, optimizer, average, baseline, teachers)
     steps_of = (min(likelihood_steps, total), total)
-    run = Run(settings, accelerator, data, encoder, *parts, progress, writer, lock, *steps_of, reward)
+    epochs = min(settings.epochs, -(-total // steps[0])) if settings.max_steps else settings.epochs
+    run = Run(settings, accelerator, data, encoder, *parts, progress, writer, lock, *steps_of, reward, epochs)
     say_what_starts(run, steps[0])
     if state is not None:
         say_if_elsewhere(run, state)

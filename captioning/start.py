@@ -36,6 +36,9 @@ def start_model(
         region_encoder=settings.region_encoder,
         encoder_state=encoder_state,
     )
+    fewest = min(h * w for h, w in model.encoder.grids)
+    if settings.decoder.glimpses > fewest:
+        raise ValueError(f"decoder.glimpses={settings.decoder.glimpses} must not exceed the {fewest} locations")
     if first is not None:
         load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
     return model, encoder
@@ -54,9 +57,9 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encode
             f"init_from={settings.init_from}: it has decoders for pictures of {theirs} pixels, and encoder.image_size "
             f"with encoder.scales asks for {ours}"
         )
-    free = ["glimpses", *(name for name in vars(first.decoder) if "dropout" in name)]
-    if {first.decoder.attention, settings.decoder.attention} == {"soft", "hard"}:  # they have the same parameters
-        free.append("attention")
+    free = [name for name in vars(first.decoder) if "dropout" in name]
+    if {first.decoder.attention, settings.decoder.attention} <= {"soft", "hard"}:  # they have the same parameters
+        free += ["attention", "glimpses"]
     if first.decoder != dataclasses.replace(settings.decoder, **{name: getattr(first.decoder, name) for name in free}):
         raise ValueError(f"init_from={settings.init_from}: its decoder is {first.decoder}; set --decoder alike")
     if first.region_encoder != settings.region_encoder:

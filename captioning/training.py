@@ -266,7 +266,7 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
         for name, value in found.curves().items():
             curve(run, f"attention{at}/{name}", value)
         say(run, f"epoch {run.progress.epoch + 1}{where}: {found.line()}")
-        patience = min(PATIENCE, -(-run.settings.epochs // run.settings.validation.every))
+        patience = min(PATIENCE, -(-run.epochs // run.settings.validation.every))  # a run may have fewer validations
         warning = collapse(run.progress.history, hard=found.hard, at=at, patience=patience)
         if warning is not None:
             say(run, f"warning{where}: {warning}")

@@ -35,7 +35,7 @@ class Report:
         mass: mean share of the attention at these words that lies on the named things' masks.
         area: mean share of the picture that those masks cover; what uniform attention would give.
         hits: share of these words at which the cell that was looked at touches the named things: the sampled or
-            likeliest one of hard attention, the most attended one of soft.
+            likeliest one of hard attention (the mean over several), the most attended one of soft.
     """
 
     sentences: int
@@ -66,7 +66,7 @@ def check(captions: dict[str, SplitCaption], grid: tuple[int, int], instances: d
         mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
         masks.setdefault(annotation["image_id"], []).append(mask)
     parsed = true = 0
-    looks: list[tuple[float, float, bool]] = []
+    looks: list[tuple[float, float, float]] = []
     for name, caption in captions.items():
         scene: Scene = scene_from_dict(images[name]["scene"])
         statement = parse(caption.text)
@@ -81,8 +81,9 @@ def check(captions: dict[str, SplitCaption], grid: tuple[int, int], instances: d
             mask = np.any([masks[images[name]["id"]][thing] for thing in mention.things], axis=0)
             alpha = alphas[mention.word].float().cpu().numpy().reshape(grid)
             places = caption.hypothesis.locations
-            for place in [alpha.argmax()] if places is None else places[mention.word]:
-                looks.append((*mass_and_area(alpha, mask), _touches(int(place), grid, mask)))
+            cells = [alpha.argmax()] if places is None else places[mention.word]
+            hit = float(np.mean([_touches(int(cell), grid, mask) for cell in cells]))
+            looks.append((*mass_and_area(alpha, mask), hit))
     mass, area, hits = np.mean(looks, axis=0).tolist() if looks else (None, None, None)
     return Report(len(captions), parsed, true, len(looks), mass, area, hits)
 

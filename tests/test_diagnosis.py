@@ -256,7 +256,7 @@ def test_line_and_table_show_the_numbers(checkpoint, data):
     assert f"(by word {' '.join(by_word)})" in found.line()
     curves = found.curves()
     assert curves["entropy_of_word_2"] == pytest.approx(found.entropy_by_position[1], abs=1e-4)
-    assert curves["nll_centre"] == pytest.approx(found.listening["centre"], abs=1e-4)
+    assert curves["nll_change_centre"] == pytest.approx(found.listening["centre"], abs=1e-4)
     assert found.main_numbers().items() <= curves.items()
     found = dataclasses.replace(found, gradient_snr=0.1234)
     assert "gradient signal/noise 0.12" in found.line()

@@ -17,14 +17,14 @@ from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.config import DecoderConfig, HardConfig, SearchConfig
 from captioning.data import CaptionData
-from captioning.decoding import greedy
+from captioning.decoding import search
 from captioning.diagnosis import diagnose
 from captioning.models.alignment import GeneralAlignment
 from captioning.models.attention import HardAttention, Look, SoftAttention, drawn_in_order, looking
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
 from captioning.run import start
-from captioning.vocabulary import END
+from captioning.vocabulary import END, START
 
 
 def attention_of(glimpses: int) -> HardAttention:
@@ -67,15 +67,21 @@ def test_ordered_draws_have_probability_one_together():
     log_alpha = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
     for m in (1, 2, 3, 4):
         every = torch.tensor(list(itertools.permutations(range(4), m)))
-        assert drawn_in_order(log_alpha[every]).exp().sum().item() == pytest.approx(1)
+        found = drawn_in_order(log_alpha.expand(len(every), -1), every)
+        assert found.exp().sum().item() == pytest.approx(1)
 
 
-def test_a_draw_of_what_is_next_to_certain_keeps_its_gradient_finite():
-    log_alpha = torch.tensor([[0.0, -90.0, -200.0]], requires_grad=True)
-    found = drawn_in_order(log_alpha)
-    found.sum().backward()
-    assert found.isfinite().all()
-    assert log_alpha.grad.isfinite().all()
+def test_a_draw_from_what_is_hardly_left_is_exact_in_single_precision():
+    e = torch.tensor([[0.0, -30.0, -31.0, -60.0]])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        scores = e.to(dtype).requires_grad_()
+        found = drawn_in_order(scores.log_softmax(dim=-1), torch.tensor([[0, 2, 1]]))
+        found.sum().backward()
+        results.append(torch.cat([found.detach(), scores.grad.flatten()]).double())
+    # The second is drawn from e^-30, e^-31 and e^-60 alone: log p = -1 - log(1 + e^-1) up to e^-30; the third for sure.
+    assert results[1][0].item() == pytest.approx(-1 - math.log1p(math.exp(-1)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 def test_ordered_pairs_are_drawn_as_often_as_their_log_prob_says():
@@ -179,6 +185,12 @@ def test_more_glimpses_than_locations_are_refused():
         decoder(a, words)
 
 
+def test_training_refuses_more_glimpses_than_locations_before_it_begins(tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=r"decoder.glimpses=17 must not exceed the 16 locations"):
+        start(tiny_settings(tiny_data, tmp_path / "run", decoder=with_glimpses(17)))
+    assert not (tmp_path / "run").exists()
+
+
 def with_glimpses(glimpses: int) -> DecoderConfig:
     return dataclasses.replace(TINY["decoder"], attention="hard", glimpses=glimpses)
 
@@ -230,5 +242,10 @@ def test_the_listening_test_moves_the_glimpses_and_their_weights(trained, tiny_d
 
 def test_a_search_keeps_each_beams_glimpses():
     decoder, (a, _) = decoder_with("attention_lstm", "hard", 2), batch()
-    found = greedy(decoder, a[:1], SearchConfig(max_length=4))[0][0]
-    assert found.locations.shape == (len(found.ids), 2)
+    for found in search(decoder, a[:1], SearchConfig(beam_size=4, num_captions=4, max_length=5))[0]:
+        memory = decoder.prepare(a[:1])
+        state, word = decoder.initial_state(memory), torch.tensor([START])
+        for t, chosen in enumerate(found.ids):
+            step = decoder.step(word, state, memory)
+            assert found.locations[t].tolist() == step.location[0].tolist()
+            state, word = step.state, torch.tensor([chosen])

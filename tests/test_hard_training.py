@@ -150,6 +150,7 @@ def test_evaluate_says_how_a_hard_model_looked(hard_checkpoint, tiny_checkpoint,
         assert evaluate.main(["--checkpoint", str(hard_checkpoint), "--location", location, *common]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert f"location: {location}" in lines
+        assert "looks: the photo" in lines
         assert json.loads(lines[-1])["location"] == location
     assert evaluate.main(["--checkpoint", str(tiny_checkpoint), *common]) == 0
     assert "location" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from photo_folders import ENCODER, command, photos
 from tiny_runs import tiny_settings
 
@@ -28,7 +29,9 @@ def capable(monkeypatch):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return of
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of earlier tests
+    yield of
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("name", ["amx_bf16", "avx512_bf16", "bf16", "sve_bf16"])
@@ -86,8 +89,7 @@ def test_a_run_goes_on_in_the_numbers_that_it_began_with(capable, tiny_data, tmp
         start(again)
 
 
-def test_a_comparison_is_planned_with_what_auto_comes_to(capable, tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_comparison_is_planned_with_what_auto_comes_to(capable, tiny_data, tmp_path):
     capable(avx512_bf16=True)
     (system,) = systems(["family_luong"], [0], str(tiny_data), tmp_path, [])
     assert system.settings.precision == "bf16"

@@ -72,7 +72,7 @@ def test_every_validation_says_what_the_attention_does(whole_run):
     curves = EventAccumulator(str(whole_run / "tensorboard")).Reload()
     points = [point.value for point in curves.Scalars("attention/entropy")]
     assert points == pytest.approx([entry["entropy"] for entry in history])
-    assert {"attention/entropy_of_word_1", "attention/nll_uniform", "attention/nll_centre"} <= set(
+    assert {"attention/entropy_of_word_1", "attention/nll_change_uniform", "attention/nll_change_centre"} <= set(
         curves.Tags()["scalars"]
     )
 

@@ -220,10 +220,10 @@ class HardAttention(ScoredAttention):
             log_prob = log_alpha.gather(-1, location.unsqueeze(-1)).squeeze(-1)
             z = _gather(location, memory)  # eq. 9
         else:
-            chosen = log_alpha.gather(-1, location)
-            log_prob = drawn_in_order(chosen)
+            log_prob = drawn_in_order(log_alpha, location)
             looked = torch.stack([_gather(one, memory) for one in location.unbind(dim=-1)], dim=1)
-            z = (chosen.softmax(dim=-1).unsqueeze(-1).to(looked.dtype) * looked).sum(dim=1)
+            weights = log_alpha.gather(-1, location).softmax(dim=-1)
+            z = (weights.unsqueeze(-1).to(looked.dtype) * looked).sum(dim=1)
         if look.location == "gumbel_straight_through":
             relaxed = noisy.softmax(dim=-1)
             z = z + self._mean(relaxed - relaxed.detach(), memory)  # adds zero, and the gradient
@@ -245,16 +245,16 @@ class HardAttention(ScoredAttention):
         return self.look or Look("sample" if self.training else "argmax")
 
 
-def drawn_in_order(log_alpha: Float[Tensor, "R M"]) -> Float[Tensor, " R"]:
+def drawn_in_order(log_alpha: Float[Tensor, "R L"], location: Integer[Tensor, "R M"]) -> Float[Tensor, " R"]:
     """Log of prod_m alpha_m / (1 - sum_{l<m} alpha_l): M locations, one after the other, none twice; Plackett (1975).
 
-    Args:
-        log_alpha: of the drawn ones, in their order.
+    What is left is summed up in logarithms: 1 - sum would lose it where attention is sharp.
     """
-    alpha = log_alpha.exp()
-    gone = alpha.cumsum(dim=-1) - alpha
-    smallest = torch.finfo(alpha.dtype).eps  # of what is left, in rounded numbers
-    return (log_alpha - torch.log1p(-gone.clamp(max=1 - smallest))).sum(dim=-1)
+    log_prob, left = log_alpha.new_zeros(len(log_alpha)), log_alpha
+    for one in location.split(1, dim=-1):
+        log_prob = log_prob + (left.gather(-1, one) - left.logsumexp(dim=-1, keepdim=True)).squeeze(-1)
+        left = left.scatter(-1, one, -torch.inf)
+    return log_prob
 
 
 def _gather(location: Integer[Tensor, " R"], memory: Memory) -> Float[Tensor, "R D"]:
