@@ -72,10 +72,9 @@ def test_ordered_draws_have_probability_one_together():
 
 
 def test_a_draw_from_what_is_hardly_left_is_exact_in_single_precision():
-    e = torch.tensor([[0.0, -30.0, -31.0, -60.0]])
     results = []
     for dtype in (torch.float32, torch.float64):
-        scores = e.to(dtype).requires_grad_()
+        scores = torch.tensor([[0.0, -30.0, -31.0, -60.0]], dtype=dtype, requires_grad=True)
         found = drawn_in_order(scores.log_softmax(dim=-1), torch.tensor([[0, 2, 1]]))
         found.sum().backward()
         results.append(torch.cat([found.detach(), scores.grad.flatten()]).double())
