@@ -24,8 +24,9 @@ from captioning.checkpoint import Checkpoint, checkpoint_folder
 from captioning.config import LOCATIONS, EncoderConfig, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, resizing
 from captioning.decoding import Hypothesis
-from captioning.diagnosis import Diagnosis, diagnose, signal_to_noise
+from captioning.diagnosis import diagnose, signal_to_noise
 from captioning.files import make_place
+from captioning.findings import Diagnosis
 from captioning.memory import keep_memory
 from captioning.metrics import DEFAULT_METRICS, Scores, score
 from captioning.model_config import View

@@ -12,8 +12,9 @@ from captioning import diagnosis
 from captioning.checkpoint import Checkpoint, build_model, load_checkpoint
 from captioning.config import DecoderConfig, HardConfig
 from captioning.data import Batch, CaptionData
-from captioning.diagnosis import Diagnosis, attention_gradients, caption_batches, diagnose, likelihood, signal_to_noise
+from captioning.diagnosis import attention_gradients, caption_batches, diagnose, likelihood, signal_to_noise
 from captioning.diagnostics import gradient_signal_to_noise
+from captioning.findings import Diagnosis
 from captioning.hard_objective import hard_terms, training_look
 from captioning.losses import word_nll
 from captioning.models.attention import HardAttention, looking

@@ -19,7 +19,18 @@ SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"
 
 # The order of import: a module may import those of earlier rows, and of its own row those that stand before it.
 ORDER = (
-    ("memory", "files", "checks", "model_config", "config", "precision", "tokenization", "diagnostics", "word_classes"),
+    (
+        "memory",
+        "files",
+        "checks",
+        "model_config",
+        "config",
+        "precision",
+        "tokenization",
+        "diagnostics",
+        "word_classes",
+        "findings",
+    ),
     ("vocabulary", "images", "results", "settings"),
     ("data",),
     (
