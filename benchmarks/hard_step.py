@@ -1,33 +1,83 @@
 """What a training step with hard attention costs beside one with soft: `python -m benchmarks.hard_step`.
 
-Whole steps of the training loop (forward, loss, backward, clipping, optimiser, the baseline's part) of recipes
-flickr8k_soft and flickr8k_hard, in turns on the same batches of stored annotation vectors.
+Whole steps (forward, loss, backward, clipping, optimiser, the baseline's part) in turns on the same captions: of a
+decoder at the sizes of `benchmarks.train_step`, and of the training loop with recipes flickr8k_soft and flickr8k_hard
+on stored annotation vectors, five captions for each image. The more of a step is the images' own work (keys, encoder),
+the less do several paths cost.
 """
 
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from benchmarks.epoch import make_data
 from benchmarks.report import Line, best_of, options, present
+from benchmarks.train_step import Sizes, make_batch, trainer
 from captioning.compare import in_turns
+from captioning.config import DecoderConfig, HardConfig
 from captioning.data import load_batches
+from captioning.hard_objective import hard_terms, training_look
+from captioning.losses import word_nll
+from captioning.models.attention import looking
+from captioning.models.decoder import Decoder, Output
+from captioning.models.registry import build_decoder
+from captioning.reward_baselines import BASELINES, Baseline
 from captioning.run import plan, start, training_set
 from captioning.settings import parse_settings
 from captioning.training import train_step
 
+BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
 STEPS = {
-    "soft": (["--config", "flickr8k_soft"], None),
-    "hard, K = 1, moving average": (
-        ["--config", "flickr8k_hard", "--hard.samples", "1", "--hard.baseline", "moving_average"],
-        1.1,
-    ),
-    "hard, K = 1, learned": (["--config", "flickr8k_hard", "--hard.samples", "1", "--hard.baseline", "learned"], 1.1),
-    "hard, K = 5, leave-one-out": (["--config", "flickr8k_hard", "--hard.samples", "5"], 3.0),
+    "soft": (None, None),
+    "hard, K = 1, moving average": (BASE, 1.1),
+    "hard, K = 1, learned": (dataclasses.replace(BASE, baseline="learned"), 1.1),
+    "hard, K = 5, leave-one-out": (dataclasses.replace(BASE, baseline="leave_one_out", samples=5), 3.0),
 }
-"""Name -> its options of train.py, and how many soft steps it may cost."""
+"""Name -> its estimator, and how many soft steps it may cost."""
+
+
+def words_of(hard: HardConfig | None) -> list[str]:
+    """Its options of train.py."""
+    if hard is None:
+        return ["--config", "flickr8k_soft"]
+    return ["--config", "flickr8k_hard", "--hard.samples", str(hard.samples), "--hard.baseline", hard.baseline]
+
+
+def nll_of(output: Output) -> Tensor:
+    """Of every word."""
+    return word_nll(output.logits, output.targets)
+
+
+def hard_loss(decoder: Decoder, a: Tensor, words: Tensor, hard: HardConfig, baseline: Baseline) -> Tensor:
+    """Eq. 12 with means, from the project's own parts."""
+    with looking(decoder, training_look(hard)):
+        output = decoder(a, words.repeat_interleave(hard.samples, dim=1))
+    nlls = nll_of(output)
+    return (nlls.sum() + hard_terms(output, -nlls.detach(), hard, baseline).loss) / len(nlls)
+
+
+def decoder_step(sizes: Sizes, hard: HardConfig | None) -> Callable[[], None]:
+    """A step of a decoder alone, in fp32, on given annotation vectors."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        attention="soft" if hard is None else "hard",
+        embedding_dim=sizes.dim,
+        hidden_dim=sizes.dim,
+        attention_dim=sizes.attention_dim,
+    )
+    decoder = build_decoder(config, vocabulary_size=sizes.vocabulary, annotation_dim=sizes.annotation_dim)
+    a, words = make_batch(sizes)
+    if hard is None:
+        return trainer(decoder, lambda: nll_of(decoder(a, words)).mean(), torch.float32)
+    baseline = BASELINES[hard.baseline](hidden_dim=sizes.dim, samples=hard.samples, to_go=hard.reward == "to_go")
+    module = nn.ModuleList([decoder, baseline])
+    return trainer(module, lambda: hard_loss(decoder, a, words, hard, baseline), torch.float32)
 
 
 def stepper(words: Sequence[str], batches: int) -> tuple[Callable[[], None], int]:
@@ -48,26 +98,39 @@ def stepper(words: Sequence[str], batches: int) -> tuple[Callable[[], None], int
     return steps, len(loaded)
 
 
+def compared(title: str, seconds: Sequence[float], steps: int) -> list[Line]:
+    """A line for each of STEPS, which took so long for so many steps."""
+    lines = []
+    for (what, (_, most)), took in zip(STEPS.items(), seconds, strict=True):
+        goal = None if most is None else ("<=", most)
+        figure = f"{steps / took:.2f} steps/s"
+        lines.append(Line(f"{title}, {what}", figure, took / seconds[0], "x the soft step", "-", goal))
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = options(str(__doc__).splitlines()[0], batches=4, repeats=5, count=200)
+    sizes = {"images": 32, "locations": 196, "annotation_dim": 2048, "dim": 512, "vocabulary": 9000}
+    parser = options(str(__doc__).splitlines()[0], batches=4, repeats=3, count=200, **sizes)
     parser.add_argument("--data", type=Path, help="file made by preprocess with an encoder; without it one is made")
     chosen, overrides = parser.parse_known_args(arguments)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    shared = (chosen.locations, chosen.annotation_dim, chosen.dim, chosen.dim, chosen.vocabulary)
+    title = f"{chosen.locations}x{chosen.annotation_dim}"
+    actions = [decoder_step(Sizes(chosen.images, 1, *shared), hard) for hard, _ in STEPS.values()]
+    lines = compared(title, best_of(actions, chosen.repeats), 1)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         data = chosen.data or Path(name) / "made.h5"
         if not chosen.data:
             make_data(data, chosen.count)
         actions, made = [], 0
-        for i, (words, _) in enumerate(STEPS.values()):
+        for i, (hard, _) in enumerate(STEPS.values()):
             output = stack.enter_context(tempfile.TemporaryDirectory()) + f"/{i}"
             given = ["--data", str(data), "--output", output, "--threads", str(chosen.threads)]
-            action, made = stepper([*words, *given, *overrides], chosen.batches)
+            action, made = stepper([*words_of(hard), *given, *overrides], chosen.batches)
             actions.append(action)
-        seconds = best_of(actions, chosen.repeats)
-    lines = []
-    for (what, (_, most)), took in zip(STEPS.items(), seconds, strict=True):
-        goal = None if most is None else ("<=", most)
-        lines.append(Line(what, f"{made / took:.2f} steps/s", took / seconds[0], "x the soft step", "-", goal))
+        lines += compared("flickr8k_soft", best_of(actions, chosen.repeats), made)
     present(lines, markdown=chosen.markdown)
     return 0
 
