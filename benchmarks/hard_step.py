@@ -10,7 +10,6 @@ import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -120,14 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"{chosen.locations}x{chosen.annotation_dim}"
     actions = [decoder_step(Sizes(chosen.images, 1, *shared), hard) for hard, _ in STEPS.values()]
     lines = compared(title, best_of(actions, chosen.repeats), 1)
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         data = chosen.data or Path(name) / "made.h5"
         if not chosen.data:
             make_data(data, chosen.count)
         actions, made = [], 0
         for i, (hard, _) in enumerate(STEPS.values()):
-            output = stack.enter_context(tempfile.TemporaryDirectory()) + f"/{i}"
-            given = ["--data", str(data), "--output", output, "--threads", str(chosen.threads)]
+            given = ["--data", str(data), "--output", f"{name}/{i}", "--threads", str(chosen.threads)]
             action, made = stepper([*words_of(hard), *given, *overrides], chosen.batches)
             actions.append(action)
         lines += compared("flickr8k_soft", best_of(actions, chosen.repeats), made)
