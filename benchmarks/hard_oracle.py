@@ -9,9 +9,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from captioning.config import DecoderConfig, HardConfig
-from captioning.hard_objective import hard_terms, training_look
+from captioning.hard_objective import hard_loss
 from captioning.losses import by_word, word_nll
-from captioning.models.attention import HardAttention, looking
+from captioning.models.attention import HardAttention
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
 from captioning.reward_baselines import BASELINES, Baseline
@@ -106,17 +106,15 @@ def estimate(
         learn: give the baseline's own parameters their gradient too, in `.grad`.
     """
     generator = None if seed is None else torch.Generator(oracle.a.device).manual_seed(seed)
-    with looking(oracle.decoder, training_look(hard, generator)):
-        output = oracle.decoder(oracle.a, oracle.words.repeat_interleave(copies * hard.samples, dim=1))
-    nll = word_nll(output.logits, output.targets)
-    terms = hard_terms(output, -nll.detach(), hard, baseline)
-    loss = (nll.sum() + terms.loss) / (copies * hard.samples)
+    words = oracle.words.repeat_interleave(copies, dim=1)
+    total, _, terms = hard_loss(oracle.decoder, oracle.a, words, hard, baseline, generator)
+    loss = total / (copies * hard.samples)
     if learn:
         loss.backward(inputs=list(baseline.parameters()), retain_graph=True)
     gradient = _flat(-loss, oracle)
-    log_p, words, captions = terms.captions
+    log_p, count, captions = terms.captions
     if captions:
-        baseline.update(log_p / captions, words / captions)
+        baseline.update(log_p / captions, count / captions)
     return gradient
 
 

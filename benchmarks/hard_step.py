@@ -21,10 +21,9 @@ from benchmarks.train_step import Sizes, make_batch, trainer
 from captioning.compare import in_turns
 from captioning.config import DecoderConfig, HardConfig
 from captioning.data import load_batches
-from captioning.hard_objective import hard_terms, training_look
+from captioning.hard_objective import hard_loss
 from captioning.losses import word_nll
-from captioning.models.attention import looking
-from captioning.models.decoder import Decoder, Output
+from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
 from captioning.reward_baselines import BASELINES, Baseline
 from captioning.run import plan, start, training_set
@@ -48,17 +47,16 @@ def words_of(hard: HardConfig | None) -> list[str]:
     return ["--config", "flickr8k_hard", "--hard.samples", str(hard.samples), "--hard.baseline", hard.baseline]
 
 
-def nll_of(output: Output) -> Tensor:
-    """Of every word."""
-    return word_nll(output.logits, output.targets)
+def mean_nll(decoder: Decoder, a: Tensor, words: Tensor) -> Tensor:
+    """The NLL, the mean over words."""
+    output = decoder(a, words)
+    return word_nll(output.logits, output.targets).mean()
 
 
-def hard_loss(decoder: Decoder, a: Tensor, words: Tensor, hard: HardConfig, baseline: Baseline) -> Tensor:
-    """Eq. 12 with means, from the project's own parts."""
-    with looking(decoder, training_look(hard)):
-        output = decoder(a, words.repeat_interleave(hard.samples, dim=1))
-    nlls = nll_of(output)
-    return (nlls.sum() + hard_terms(output, -nlls.detach(), hard, baseline).loss) / len(nlls)
+def mean_loss(decoder: Decoder, a: Tensor, words: Tensor, hard: HardConfig, baseline: Baseline) -> Tensor:
+    """Eq. 12, the mean over words."""
+    total, count, _ = hard_loss(decoder, a, words, hard, baseline)
+    return total / count
 
 
 def decoder_step(sizes: Sizes, hard: HardConfig | None) -> Callable[[], None]:
@@ -73,10 +71,10 @@ def decoder_step(sizes: Sizes, hard: HardConfig | None) -> Callable[[], None]:
     decoder = build_decoder(config, vocabulary_size=sizes.vocabulary, annotation_dim=sizes.annotation_dim)
     a, words = make_batch(sizes)
     if hard is None:
-        return trainer(decoder, lambda: nll_of(decoder(a, words)).mean(), torch.float32)
+        return trainer(decoder, lambda: mean_nll(decoder, a, words), torch.float32)
     baseline = BASELINES[hard.baseline](hidden_dim=sizes.dim, samples=hard.samples, to_go=hard.reward == "to_go")
     module = nn.ModuleList([decoder, baseline])
-    return trainer(module, lambda: hard_loss(decoder, a, words, hard, baseline), torch.float32)
+    return trainer(module, lambda: mean_loss(decoder, a, words, hard, baseline), torch.float32)
 
 
 def stepper(words: Sequence[str], batches: int) -> tuple[Callable[[], None], int]:

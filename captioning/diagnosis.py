@@ -27,7 +27,7 @@ from captioning.diagnostics import (
     shuffled_mutual_information,
 )
 from captioning.findings import Diagnosis
-from captioning.hard_objective import hard_terms, training_look
+from captioning.hard_objective import hard_loss
 from captioning.listening import attention_of, forced, replacements
 from captioning.losses import word_nll
 from captioning.model_config import View
@@ -231,11 +231,9 @@ def likelihood(model: CaptioningModel, a: Float[Tensor, "N L D"], words: Integer
     if not is_hard(model):
         output = model(a, words)
         return word_nll(output.logits, output.targets).mean()
-    with looking(model, training_look(JUDGE)):
-        output = model(a, words.repeat_interleave(JUDGE.samples, dim=1))
-    nlls = word_nll(output.logits, output.targets)
     baseline = BASELINES[JUDGE.baseline](hidden_dim=0, samples=JUDGE.samples, to_go=JUDGE.reward == "to_go")
-    return (nlls.sum() + hard_terms(output, -nlls.detach(), JUDGE, baseline).loss) / len(nlls)
+    total, count, _ = hard_loss(model, a, words, JUDGE, baseline)
+    return total / count
 
 
 def attention_gradients(

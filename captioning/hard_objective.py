@@ -1,14 +1,14 @@
-"""What hard attention adds to the likelihood of the words: Xu et al. (2015), eq. 12, without its first term."""
+"""What hard attention minimises: Xu et al. (2015), eq. 12, whose first term is the likelihood of the words."""
 
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
 
 from captioning.config import HardConfig
-from captioning.losses import REWARDS, by_word, reinforce
-from captioning.models.attention import Look
+from captioning.losses import REWARDS, by_word, reinforce, word_nll
+from captioning.models.attention import Look, looking
 from captioning.models.decoder import Output
 from captioning.reward_baselines import Baseline
 
@@ -30,6 +30,34 @@ def training_look(hard: HardConfig, generator: torch.Generator | None = None) ->
     return Look(location, hard.expectation_probability, generator)
 
 
+def hard_loss(
+    model: nn.Module,
+    a: Float[Tensor, "N L D"],
+    words: Integer[Tensor, "N K S"],
+    hard: HardConfig,
+    baseline: Baseline,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, ""], int, HardTerms]:
+    """The whole of eq. 12, the NLL and the terms, summed over the words of `hard.samples` paths per caption.
+
+    Args:
+        model: hard attention's, from annotation vectors and words to an Output.
+        a: annotation vectors.
+        words: framed captions.
+        hard: the estimator.
+        baseline: b.
+        generator: of the locations and coins.
+
+    Returns:
+        The loss, over how many words of all paths it is a sum, and the terms in it.
+    """
+    with looking(model, training_look(hard, generator)):
+        output: Output = model(a, words.repeat_interleave(hard.samples, dim=1))
+    nlls = word_nll(output.logits, output.targets)
+    terms = hard_terms(output, -nlls.detach(), hard, baseline)
+    return nlls.sum() + terms.loss, len(nlls), terms
+
+
 def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, baseline: Baseline) -> HardTerms:
     """Eq. 12 (the gradient of the hard objective) without its first term, which is the NLL's.
 
@@ -48,7 +76,9 @@ def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, bas
     sampled = mask & (first >= 0)  # where the mean context was taken there is nothing to credit
     lambda_r = hard.lambda_r if hard.relaxation == "none" else 0.0
     entropy = (entropies * mask).sum()
-    loss = lambda_r * (reinforce(log_probs, rewards, b) * sampled).sum() - hard.lambda_e * entropy
+    loss = lambda_r * (reinforce(log_probs, rewards, b) * sampled).sum()
+    if hard.lambda_e:  # without it no gradient has to find its way through the entropies, to be multiplied by zero
+        loss = loss - hard.lambda_e * entropy
     squared = ((rewards - b).detach() * sampled).square().sum()
     own = baseline.loss(rewards, b)
     if own is not None:
