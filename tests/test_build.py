@@ -41,6 +41,16 @@ def test_a_pixel_file_holds_what_the_source_gave(tmp_path):
     assert data.source["captions"] == ["captions.csv"]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"), [(("--min-count", "2"), ("photo", "a")), (("--max-words", "1"), ("photo",))]
+)
+def test_rare_words_are_left_out_of_the_files_vocabulary(options, words, tmp_path):
+    assert main(command(photos(tmp_path / "in", 3), tmp_path / "d.h5", *options)) == 0  # photo 4 times, a twice
+    data = CaptionData(tmp_path / "d.h5")
+    assert data.vocabulary.words == (*SPECIAL, *words)
+    assert data.vocabulary.decode(data.words(data.captions_of(1)[0]).tolist()) == ["photo", "<unk>"]
+
+
 def test_one_image_is_one_chunk(tmp_path):
     main(command(photos(tmp_path / "in", 3), tmp_path / "p.h5"))
     main(command(tmp_path / "in", tmp_path / "a.h5", *ENCODER, size=64))

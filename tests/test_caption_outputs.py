@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from test_caption import captioned
 
-from captioning import load_captioner
+from captioning import load_captioner, visualize, visualize_html
+from captioning.api import OVERLAYS
 from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
 from captioning.vocabulary import END
 
@@ -81,6 +82,21 @@ def test_overlays_can_be_animations_and_pages(call_caption, photos, tmp_path, en
     assert (code, err) == (0, [f"{photos / 'a.png'}: {tmp_path / f'a.{ending}'}"])
     assert (tmp_path / f"a.{ending}").read_bytes().lower().startswith(begins.lower())
     assert [file.name for file in tmp_path.iterdir()] == [f"a.{ending}"]
+
+
+def test_every_overlay_lies_on_what_the_network_saw_of_the_photo(tiny_checkpoint, photos, tmp_path, monkeypatch):
+    caption = load_captioner(tiny_checkpoint).caption([photos / "c.jpg"], max_length=3)[0]
+    boxes = []
+    for module in (visualize, visualize_html):
+
+        def noted(*arguments, real=module.prepare, **named):
+            boxes.append(tuple(named["box"]))
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(module, "prepare", noted)
+    for ending in OVERLAYS:
+        caption.overlay(photos / "c.jpg", tmp_path / f"c{ending}")
+    assert boxes == [(10.0, 0.0, 50.0, 40.0)] * 3  # the centre of 60x40
 
 
 def test_an_overlay_of_another_kind_is_refused(tiny_checkpoint, photos, tmp_path):

@@ -22,10 +22,8 @@ from captioning.config import (
     from_dict,
     to_dict,
 )
-from captioning.models.alignment import ALIGNMENTS
-from captioning.models.attention import ATTENTIONS, build_gate
+from captioning.models.attention import build_gate
 from captioning.models.blocks import NORMS
-from captioning.models.registry import DECODERS
 from captioning.models.transformer import POSITIONS
 from captioning.optimization import OPTIMIZERS, learning_rate_factor
 from captioning.settings import parse_settings, recipe_path, recipes, settings_parser
@@ -201,14 +199,6 @@ def test_a_config_cannot_be_changed():
 
 def test_sampling_may_give_more_captions_than_beams():
     assert SearchConfig(beam_size=1, num_captions=4, sample=True).num_captions == 4
-
-
-@pytest.mark.parametrize(
-    ("field", "registry"),
-    [("alignment", ALIGNMENTS), ("attention", ATTENTIONS), ("name", DECODERS)],
-)
-def test_every_word_of_the_decoder_config_has_its_entry(field, registry):
-    assert set(words_of(DecoderConfig, field)) == set(registry)
 
 
 def test_every_word_of_the_transformers_settings_has_its_entry():

@@ -230,6 +230,32 @@ def test_dropout_acts_in_training_only(config):
 
 
 @every_decoder
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_each_dropout_acts_by_itself(name, config):
+    decoder = build(dataclasses.replace(config, **dict.fromkeys(DROPOUTS, 0.0) | {name: 0.3})).train()
+    a, words = batch()
+    assert not torch.equal(decoder(a, words).logits, decoder(a, words).logits)
+    memory = decoder.prepare(a)
+    if name != "annotation_dropout":  # a search's step is the same model, one word at a time
+        one, other = (decoder.step(words[..., 0].flatten(), decoder.initial_state(memory, 3), memory) for _ in range(2))
+        assert not torch.equal(one.logits, other.logits)
+
+
+def test_the_deep_output_drops_of_the_state_and_of_the_hidden_layer():
+    decoder, (a, words) = build(VARIANTS[0]).train(), batch()
+    dropped = []
+    decoder.dropout.register_forward_hook(lambda _, inputs, __: dropped.append(tuple(inputs[0].shape)))
+    count = len(decoder(a, words).targets)
+    assert dropped == [(count, DIM), (count, SIZES["embedding_dim"])]  # h_t, and the tanh of eq. 7
+
+
+@pytest.mark.parametrize("config", [c for c in ONE_OF_EACH if c.name != "transformer"], ids=different)
+def test_the_forget_gate_begins_open_and_no_other_gate_does(config):
+    gates = dict(zip("ifog", build(config).lstm_word.bias.chunk(4), strict=True))
+    assert all(bool((bias == 1).all()) == (name == "f") for name, bias in gates.items())
+
+
+@every_decoder
 @pytest.mark.parametrize("width", [1, 3])
 def test_any_decoder_can_be_searched(config, width):
     a, _ = batch()

@@ -83,9 +83,10 @@ def test_beam_of_one_equals_greedy(seed):
         torch.testing.assert_close(beam[0].alphas, walk[0].alphas)
 
 
-def test_a_batch_equals_its_images_one_by_one():
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_a_batch_equals_its_images_one_by_one(n):
     decoder, a = small_decoder(3), annotations(7)
-    config = SearchConfig(beam_size=4, max_length=8, num_captions=4)
+    config = SearchConfig(beam_size=4, max_length=8, num_captions=4, no_repeat_ngram=n)
     together = search(decoder, a, config)
     for i in range(len(a)):
         alone = search(decoder, a[i : i + 1], config)[0]
@@ -177,6 +178,24 @@ def test_no_ngram_comes_twice_when_blocked(n):
         ids = method(TableDecoder(table), torch.zeros(1, 1, 1), config)[0][0].ids
         ngrams = [ids[i : i + n] for i in range(len(ids) - n + 1)]
         assert len(ngrams) == len(set(ngrams))
+
+
+@pytest.mark.parametrize("method", [greedy, beam_search])
+def test_what_is_blocked_is_the_pair_that_came_before_and_nothing_else(method):
+    # 4 5 4 must not be followed by 5 once more; but 4 itself may come twice, and so may what follows another word.
+    table = torch.full((7, 7), 1e-30)
+    table[START, 4], table[4, 5], table[4, 6], table[5, 4], table[6, END] = 1.0, 0.6, 0.4, 1.0, 1.0
+    config = SearchConfig(beam_size=1, no_repeat_ngram=2, max_length=8)
+    assert method(TableDecoder(table), torch.zeros(1, 1, 1), config)[0][0].ids == (4, 5, 4, 6, END)
+
+
+def test_a_beam_goes_on_while_a_longer_caption_may_still_be_the_better_one():
+    # 4 END has log(1/2)/2 = -0.35, 4 5 END log(1/4)/3 = -0.46; 4 5 6 7 8 END, certain from 6 on, log(1/4)/6 = -0.23.
+    table = torch.full((9, 9), 1e-30)
+    table[START, 4], table[4, END], table[4, 5], table[5, END], table[5, 6] = 1.0, 0.5, 0.5, 0.5, 0.5
+    table[6, 7] = table[7, 8] = table[8, END] = 1.0
+    config = SearchConfig(beam_size=2, max_length=6, length_penalty=1.0)
+    assert beam_search(TableDecoder(table), torch.zeros(1, 1, 1), config)[0][0].ids == (4, 5, 6, 7, 8, END)
 
 
 def test_length_normalisation_prefers_the_longer_sentence():

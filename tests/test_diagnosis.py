@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -22,6 +23,7 @@ from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
 from captioning.models.registry import build_decoder
 from captioning.reward_baselines import LeaveOneOut
+from captioning.vocabulary import END, SPECIAL, Vocabulary
 
 
 @pytest.fixture
@@ -60,6 +62,36 @@ def test_every_number_is_there_and_plausible(checkpoint, data):
     mean = sum(found.entropy_by_class[name] * share for name, share in found.share_of_class.items())
     assert mean == pytest.approx(found.entropy)
     assert json.loads(json.dumps(found.as_dict()))["entropy"] == pytest.approx(found.entropy, abs=1e-4)
+
+
+def test_the_numbers_of_words_by_hand():
+    # Two captions of "a dog near a cat <end>" and "dog <end>" on two places; alpha is sharp at articles, even at nouns.
+    vocabulary = Vocabulary([*SPECIAL, "a", "dog", "near", "cat"])
+    ids = torch.tensor([4, 5, 6, 4, 7, END, 5, END])
+    alphas = torch.tensor([[1, 0], [0.5, 0.5], [0, 1], [1, 0], [0.25, 0.75], [0, 1], [0.5, 0.5], [0, 1.0]])
+    words = diagnosis._Words(alphas, ids, torch.tensor([0] * 6 + [1] * 2), torch.tensor([0, 1, 2, 3, 4, 5, 0, 1]))
+    found = diagnosis._numbers(words, vocabulary, torch.Generator().manual_seed(0), hard=True)
+    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    assert found["entropy"] == pytest.approx((2 + quarter) / 8)
+    assert found["entropy_by_class"] == pytest.approx(
+        {"article": 0.0, "noun": (2 + quarter) / 3, "place": 0.0, "other": 0.0}
+    )
+    assert found["share_of_class"] == {"article": 2 / 8, "noun": 3 / 8, "place": 1 / 8, "other": 2 / 8}
+    assert found["entropy_by_position"] == pytest.approx([0.5, 0.5, 0, 0, quarter, 0])
+    assert found["largest"] == pytest.approx((5 + 0.5 + 0.75 + 0.5) / 8)
+    assert found["off_argmax"] == pytest.approx(1 - found["largest"])
+    assert found["movement_nouns"] == pytest.approx(0.25)  # from dog to cat; the second caption has one noun
+
+
+def test_padding_and_absent_captions_are_no_words():
+    mask = torch.tensor([[[True, True, False], [True, False, False]], [[True, True, True], [False, False, False]]])
+    alphas = torch.arange(12.0).view(2, 2, 3, 1)
+    output = Output(torch.zeros(6, 9), torch.tensor([4, 2, 2, 5, 6, 2]), mask, alphas, None)
+    words = diagnosis._words_of(output, alphas, 7)
+    assert words.alphas.flatten().tolist() == [0, 1, 3, 6, 7, 8]
+    assert words.ids.tolist() == [4, 2, 2, 5, 6, 2]
+    assert words.captions.tolist() == [7, 7, 8, 9, 9, 9]
+    assert words.positions.tolist() == [0, 1, 0, 0, 1, 2]
 
 
 def test_a_decoder_that_ignores_its_context_loses_nothing(checkpoint, data):

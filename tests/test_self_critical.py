@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -35,7 +36,7 @@ from captioning.models.captioner import CaptioningModel
 from captioning.models.regions import RegionEncoder
 from captioning.models.registry import build_decoder
 from captioning.run import Run, plan, start
-from captioning.self_critical import Rollout, self_critical_sampled
+from captioning.self_critical import Rollout, reward_of, self_critical_sampled
 from captioning.vocabulary import END, PAD, START
 
 TINY = {
@@ -238,6 +239,18 @@ def test_a_run_interrupted_in_or_before_the_phase_and_resumed_ends_with_the_same
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_every_sample_is_judged_against_the_captions_of_its_own_image():
+    samples = torch.tensor([[[START, 4, 5, END], [START, 4, END, PAD], [START, 5, END, PAD]]] * 2)
+    asked = []
+
+    def numbers(images, captions):
+        asked.extend(captions)
+        return np.asarray(images, dtype=np.float64)
+
+    assert reward_of(numbers, samples, torch.tensor([7, 9])).tolist() == [[7, 7, 7], [9, 9, 9]]
+    assert asked == [[4, 5, END], [4, END], [5, END]] * 2
+
+
 def test_the_rate_has_a_schedule_in_each_phase(tiny_annotations, tmp_path):
     run = start(tiny_settings(tiny_annotations, tmp_path / "run", optimizer=OptimizerConfig(learning_rate=0.01)))
     rates = []
@@ -256,7 +269,6 @@ def test_the_phase_raises_the_reward(tiny_annotations, tmp_path, capsys):
     changes = {"decoder": decoder, "optimizer": optimizer, "validation": validation, "loss": LossConfig(lambda_ds=0.0)}
     training.train(tiny_settings(tiny_annotations, tmp_path / "run", epochs=16, self_critical=phase, **changes))
     lines = [line for line in capsys.readouterr().out.splitlines() if "reward" in line]
-    print(lines)
     rewards = [float(line.split("reward ")[1].split(",")[0]) for line in lines]
     assert len(rewards) == 12
     assert rewards[-1] > 1.3 * rewards[0]

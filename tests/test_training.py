@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, same_bits, saved_bits, tiny_settings
 
-from captioning import training
+from captioning import objective, training
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_tensors
 from captioning.config import (
@@ -27,7 +28,9 @@ from captioning.config import (
     ValidationConfig,
 )
 from captioning.data import CaptionData, CaptionDataset, load_batches, shard
+from captioning.hard_objective import hard_terms
 from captioning.losses import word_nll
+from captioning.metrics import Scores
 from captioning.objective import teacher_forced
 from captioning.optimization import learning_rate_factor
 from captioning.run import plan, start
@@ -267,6 +270,73 @@ def test_eq_14_is_the_mean_over_words_and_the_mean_over_captions(tiny_data, tmp_
             penalties.append((1 - output.alphas[n, k, :length].sum(dim=0)).square().mean())
     assert len(captions) == 37
     assert found.loss.item() == pytest.approx((nll + 0.7 * sum(penalties) / 37).item(), rel=1e-5)
+
+
+def test_the_losses_of_two_processes_have_the_whole_batchs_mean(tiny_data, tmp_path):
+    settings = tiny_settings(tiny_data, tmp_path / "run", loss=LossConfig(lambda_ds=0.7))
+    run = start(settings)
+    run.model.eval()
+    dataset = CaptionDataset(run.data, sides=(32,))
+    images, words, *_ = next(load_batches(dataset, plan(settings, run.data, epoch=0), captions_per_image=5))
+    words[1, 2:] = 0  # the halves have 12 and 25 captions
+    halves = [(images[:3], words[:3]), (images[3:], words[3:])]
+    counts = [[(part[..., 1:] != 0).sum(), (part[..., 0] != 0).sum()] for _, part in halves]  # words, and captions
+    alone = run.accelerator
+
+    def loss_beside(others, half):
+        left = iter(others)
+        together = {"num_processes": 2, "autocast": alone.autocast, "reduce": lambda x: x + next(left)}
+        run.accelerator = cast(Any, SimpleNamespace(**together))
+        return teacher_forced(run, *half).loss.item()
+
+    with torch.no_grad():
+        whole = teacher_forced(run, images, words).loss.item()
+        parts = [loss_beside(others, half) for others, half in zip(counts[::-1], halves, strict=True)]
+    assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_cider(tiny_data, tmp_path, monkeypatch):
+    ciders = iter((0.1, 0.9, 0.5))
+
+    def score(*_: Any, **__: Any) -> Scores:
+        cider = next(ciders)
+        bleu = {0.1: 0.1, 0.9: 0.2, 0.5: 0.3}[cider]
+        return Scores({"BLEU-4": bleu, "ROUGE-L": bleu, "CIDEr": cider}, images=4, tokenisation="python")
+
+    monkeypatch.setattr(training, "score", score)
+    training.train(tiny_settings(tiny_data, tmp_path / "run", epochs=3))
+    history = load_checkpoint(tmp_path / "run" / "best").about["progress"]["history"]
+    assert [entry["CIDEr"] for entry in history] == [0.1, 0.9]
+    last = load_checkpoint(tmp_path / "run" / "last").about["progress"]
+    assert (last["best"], last["best_epoch"], last["without_gain"]) == (0.9, 2, 1)
+
+
+@pytest.mark.parametrize("attention", ["soft", "hard"])
+def test_labels_are_smoothed_in_the_nll_and_not_in_the_rewards(attention, tiny_data, tmp_path, monkeypatch):
+    decoder = dataclasses.replace(TINY["decoder"], attention=attention)
+    loss = LossConfig(lambda_ds=0.0, label_smoothing=0.2)
+    settings = tiny_settings(tiny_data, tmp_path / "run", decoder=decoder, loss=loss)
+    run = start(settings)
+    dataset = CaptionDataset(run.data, sides=(32,))
+    images, words, *_ = next(load_batches(dataset, plan(settings, run.data, epoch=0), captions_per_image=5))
+    judged = []
+
+    def terms(output, log_p, *others):
+        judged.append((output, log_p))
+        return hard_terms(output, log_p, *others)
+
+    monkeypatch.setattr(objective, "hard_terms", terms)
+    hook = run.model.register_forward_hook(lambda _, __, output: judged.append((output, None)))
+    found = objective.teacher_forced(run, images, words)
+    hook.remove()
+    output = judged[0][0]
+    smoothed = word_nll(output.logits, output.targets, label_smoothing=0.2)
+    plain = word_nll(output.logits, output.targets)
+    assert found.means["nll"].item() == pytest.approx(smoothed.mean().item(), rel=1e-5)
+    if attention == "soft":
+        assert found.loss.item() == pytest.approx(smoothed.mean().item(), rel=1e-5)
+    else:
+        torch.testing.assert_close(judged[1][1], -plain.detach())
 
 
 def test_one_image_is_too_few_to_diagnose_and_training_says_so(tiny_data, tmp_path, capsys):

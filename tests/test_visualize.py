@@ -1,25 +1,16 @@
-"""Attention on photos: geometry, honest colours, the figure, the animation and the page."""
+"""Attention on photos: geometry, honest colours, the figure, and what is refused."""
 
-import itertools
 import math
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from made_photos import WORDS, made_photo, one_hot, some_maps
 from PIL import Image
 
-from captioning.visualize import animation, html, overlay, place, save_gif, upsample
-from captioning.visualize_scene import blend, prepare
-
-WORDS = ["a", "red", "ball"]
-
-
-def one_hot(row, column, shape=(7, 7)):
-    alpha = np.zeros(shape)
-    alpha[row, column] = 1.0
-    return alpha
+from captioning.visualize import animation, html, overlay, place, upsample
+from captioning.visualize_scene import blend, legend_ticks, paint, prepare
 
 
 def centroid(density):
@@ -27,18 +18,6 @@ def centroid(density):
     rows, columns = np.indices(density.shape) + 0.5
     mass = np.nan_to_num(density)
     return (columns * mass).sum() / mass.sum(), (rows * mass).sum() / mass.sum()
-
-
-def made_photo(width, height):
-    """A photo whose red rises to the right and whose green rises downwards."""
-    rows, columns = np.mgrid[:height, :width]
-    blue = np.full((height, width), 90)
-    return np.stack([columns * 255 // width, rows * 255 // height, blue], axis=-1).astype(np.uint8)
-
-
-def some_maps(count=3, shape=(7, 7), seed=0):
-    maps = np.random.default_rng(seed).random((count, *shape)) ** 4
-    return maps / maps.sum(axis=(1, 2), keepdims=True)
 
 
 def pictures(figure_and_axes):
@@ -138,6 +117,22 @@ def test_a_uniform_map_is_one_colour():
     assert len(np.unique(uniform.reshape(-1, 3), axis=0)) == 1
 
 
+def test_colours_go_with_the_square_root_of_the_multiple_and_the_legend_says_so():
+    multiples = np.array([[0.0, 1.0, 4.0, 16.0, 99.0]])
+    assert paint(multiples, 16.0).tolist() == [[0, 63, 126, 253, 253]]  # 253 times 0, 1/4, 1/2 and 1
+    assert legend_ticks(16.0) == {"0×": 0.0, "1×": 0.25, "4×": 0.5, "16×": 1.0}
+
+
+def test_a_flat_map_does_not_glow():
+    # The scale reaches 4 times uniform at least: uniform attention has half of its height, by the square root.
+    scene = prepare(np.full((70, 70, 3), 128, np.uint8), ["x"], np.full((1, 7, 7), 1 / 49))
+    assert scene.maximum == 4
+    assert np.abs(scene.maps.astype(int) - 126.5).max() <= 1
+    peaked = prepare(np.full((70, 70, 3), 128, np.uint8), ["x"], one_hot(3, 3)[None])
+    assert peaked.maximum == pytest.approx(peaked.peaks[0])
+    assert peaked.maximum > 10
+
+
 def test_more_attention_is_never_darker_on_grey():
     grey = np.full((1, 254, 3), 128, dtype=np.uint8)
     luminance = blend(grey, np.arange(254, dtype=np.uint8)[None])[0] @ np.array([0.2126, 0.7152, 0.0722])
@@ -209,19 +204,6 @@ def test_the_sampled_cell_of_hard_attention_is_outlined():
     assert (*outline.get_xy(), outline.get_width(), outline.get_height()) == (75.0, 50.0, 25.0, 25.0)
 
 
-def test_where_several_looked_every_cell_is_outlined_once():
-    photo, maps, looked = made_photo(200, 100), np.full((2, 4, 4), 1 / 16), [[9, 2, 9], [0, 0, 0]]
-    _, axes = overlay(photo, ["x", "y"], maps, locations=looked)
-    assert [sorted(patch.get_xy() for patch in axis.patches) for axis in axes[1:]] == [[(50, 50), (100, 0)], [(0, 0)]]
-    page = Page(html(photo, ["x", "y"], maps, locations=looked))
-    cells = [attributes["data-word"] for _, attributes in page.tags if attributes.get("class") == "cell"]
-    assert cells == ["0", "0", "1"]
-    plain, drawn = (np.asarray(animation(photo, ["x", "y"], maps, locations=each)[1]) for each in (None, looked))
-    changed = np.nonzero((plain != drawn).any(-1)[:100].any(0))[0]
-    shift = (drawn.shape[1] - 200) // 2
-    assert (changed.min() - shift, changed.max() - shift) == (50, 149)
-
-
 def test_columns_are_obeyed():
     _, axes = overlay(made_photo(60, 40), WORDS, some_maps(), columns=4)
     assert len({round(axis.get_position().y0, 6) for axis in axes}) == 1
@@ -236,96 +218,6 @@ def test_neither_pyplot_nor_a_display_is_needed(tmp_path):
     picture = tmp_path / "overlay.png"
     subprocess.run([sys.executable, "-c", script, str(picture)], check=True, env={"MPLCONFIGDIR": str(tmp_path)})
     assert Image.open(picture).size[0] > 100
-
-
-# The animation
-
-
-def test_the_animation_shows_the_photo_and_then_every_word(tmp_path):
-    photo = made_photo(300, 200)
-    frames = animation(photo, WORDS, some_maps(), betas=[0.1, 0.2, 0.3], locations=[0, 1, 2])
-    assert len({frame.size for frame in frames}) == 1
-    np.testing.assert_array_equal(np.asarray(frames[0])[:200], photo)
-    save_gif(frames, tmp_path / "x.gif", 250)
-    with Image.open(tmp_path / "x.gif") as gif:
-        assert gif.n_frames == 4
-        assert gif.info["duration"] == 250
-
-
-def test_the_sentence_grows_in_place():
-    frames = [np.asarray(frame.convert("L")) for frame in animation(made_photo(300, 200), WORDS, some_maps())]
-    inked = [frame[200:] < 250 for frame in frames]
-    assert not inked[0].any()
-    for earlier, later in itertools.pairwise(inked[1:]):
-        assert later[earlier].mean() > 0.95  # the earlier words are still there, in a lighter grey
-        assert later.sum() > earlier.sum()
-
-
-def test_a_gif_needs_frames_and_time(tmp_path):
-    with pytest.raises(ValueError, match="frames is empty"):
-        save_gif([], tmp_path / "x.gif")
-    with pytest.raises(ValueError, match="at least 20, got 5"):
-        save_gif([Image.new("RGB", (2, 2))], tmp_path / "x.gif", 5)
-
-
-# The page
-
-
-class Page(HTMLParser):
-    """Collects tags and text, and notices tags that are not closed."""
-
-    VOID = frozenset({"meta", "img", "input"})
-
-    def __init__(self, source):
-        super().__init__()
-        self.open, self.tags, self.texts = [], [], {}
-        self.feed(source)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.setdefault(self.open[-1], []).append(data)
-
-
-def test_the_page_has_one_button_and_one_map_per_word():
-    page = Page(html(made_photo(120, 80), WORDS, some_maps(), locations=[3, 4, 5]))
-    assert page.open == []
-    assert page.texts["label"] == ["photo", *WORDS]
-    maps = [attributes for tag, attributes in page.tags if attributes.get("class") == "map"]
-    assert [attributes["data-word"] for attributes in maps] == ["0", "1", "2"]
-    assert all("×" in attributes["alt"] for attributes in maps)
-    assert sum(attributes.get("class") == "cell" for _, attributes in page.tags) == 3
-
-
-def test_the_page_loads_nothing_from_elsewhere():
-    source = html(made_photo(120, 80), WORDS, some_maps())
-    assert not any(reference in source for reference in ("http:", "https:", "@import", "<link"))
-    sources = [attributes["src"] for _, attributes in Page(source).tags if "src" in attributes]
-    assert len(sources) == 4
-    assert all(address.startswith("data:image/") for address in sources)
-
-
-def test_words_and_title_are_escaped():
-    words = ["<script>alert(1)</script>", '"&', "$maps"]
-    source = html(made_photo(60, 40), words, some_maps(), title="<b>t</b>")
-    assert "<script>alert" not in source
-    assert "<b>" not in source
-    assert Page(source).texts["label"] == ["photo", *words]
-
-
-def test_a_page_of_a_long_caption_of_noisy_maps_is_small():
-    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3)).astype(np.uint8)
-    coarse = np.asarray(Image.fromarray(noise[:90, :90]).resize((900, 900)))
-    source = html(coarse, ["word"] * 30, some_maps(30, (14, 14)))
-    assert len(source.encode()) < 1_500_000
 
 
 # Errors
@@ -367,9 +259,3 @@ def test_a_wrong_argument_is_named(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         overlay(arguments.pop("photo"), arguments.pop("words"), arguments.pop("alphas"), **arguments)
     assert "\n" not in str(caught.value)
-
-
-def test_cells_smaller_than_a_pixel_can_be_outlined():
-    frames = animation(made_photo(1600, 12), WORDS, some_maps(), betas=[0.1, 0.2, 0.3], locations=[0, 1, 2])
-    assert len(frames) == 4
-    assert len(animation(made_photo(1, 1), WORDS, some_maps(), locations=[0, 1, 2])) == 4
