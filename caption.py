@@ -65,7 +65,8 @@ def captions_of(
             except (ValueError, OSError) as error:
                 opened.append((path, error))
         photos = [photo for _, photo in opened if not isinstance(photo, Exception)]
-        captions = iter(captioner.caption(photos, batch_size=batch_size, **options))
+        own = {**options, "seed": options.get("seed", 0) + start}  # or every batch would draw the same
+        captions = iter(captioner.caption(photos, batch_size=batch_size, **own))
         for path, photo in opened:
             yield path, photo if isinstance(photo, Exception) else next(captions)
 

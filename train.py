@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"train: {stop}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:  # before the first step, or a second time
+        print("train: interrupted", file=sys.stderr)
+        return 130
     print(f"best checkpoint: {best}")
     return 0
 

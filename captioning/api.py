@@ -111,7 +111,7 @@ class Captioner:
     ):
         self.ensemble = Ensemble.of(checkpoint)
         self.device = check_device(device)
-        show_head(torch.nn.ModuleList(self.ensemble.models), head)
+        show_head(torch.nn.ModuleList(part for model in self.ensemble.models for part in model.decoders), head)
         for model in self.ensemble.models:
             model.to(self.device).eval()
 

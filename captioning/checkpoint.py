@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from captioning.config import (
     one_line,
     to_dict,
 )
-from captioning.files import fresh_file
+from captioning.files import fresh_file, to_disk
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Decoder
 from captioning.models.encoder import Encoder, build_encoder
@@ -352,6 +352,9 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                to_disk(file)
         replace_folder(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -374,4 +377,5 @@ def recover_folder(folder: Path) -> None:
     """Undo a replacement that was cut off between its two renames."""
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():
-        os.rename(old, folder)
+        with suppress(FileNotFoundError):  # another process of this run was faster
+            os.rename(old, folder)

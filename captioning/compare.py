@@ -34,7 +34,7 @@ from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
 from captioning.config import SearchConfig, Settings, from_dict, one_line, to_dict
 from captioning.data import SPLITS, Batch, CaptionData, Sample, load_batches
-from captioning.diagnosis import diagnose
+from captioning.diagnosis import check_enough, diagnose
 from captioning.evaluate import evaluate
 from captioning.files import fresh_file
 from captioning.images import open_image
@@ -214,7 +214,8 @@ def draw_look(system: System, picture: str, search: SearchConfig) -> str:
     Returns:
         The caption.
     """
-    caption = load_captioner(system.settings.output).caption(picture, beam_size=search.beam_size)[0]
+    asked = {"beam_size": search.beam_size, "multi_scale": search.multi_scale}
+    caption = load_captioner(system.settings.output).caption(picture, **asked)[0]
     if caption.alphas is not None and caption.words:
         caption.overlay(picture, system.folder / "overlay.png")
     return caption.text
@@ -315,8 +316,9 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
         ValueError, OSError: a setting, a recipe or the data; names it.
         Interrupted: asked to stop; the same command goes on.
     """
-    if any(word.split("=")[0] == "--max_steps" for word in overrides):
-        raise ValueError("--max_steps: the budget decides how many steps there are")
+    for name, instead in (("--max_steps", "--budget"), ("--epochs", "--budget"), ("--seed", "--seeds")):
+        if any(word.split("=")[0] == name for word in overrides):
+            raise ValueError(f"{name}: {instead} decides that here")
     if not 0 < options.budget < math.inf or options.limit < 0 or options.limit == 1:
         raise ValueError(
             "--budget must be positive, and --limit 0 or at least 2 "
@@ -324,6 +326,7 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
         )
     if options.picture:
         open_image(options.picture)  # so that a mistake is found before hours of training
+    check_enough(CaptionData(options.data).indices(options.split).tolist()[: options.limit or None])
     output = Path(options.output)
     todo = systems(options.recipes, list(dict.fromkeys(options.seeds)), options.data, output, overrides)
     rows: list[Row] = []
@@ -355,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"compare: {one_line(error)}", file=sys.stderr)
         return 2
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         print("compare: stopped; go on with the same command", file=sys.stderr)
         return 130
     print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")

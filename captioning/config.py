@@ -87,10 +87,11 @@ class HardConfig:
         fraction(self, "expectation_probability")
         if self.baseline == "leave_one_out" and self.samples < 2:
             raise ValueError(f"baseline='leave_one_out' needs samples of at least 2 (got {self.samples})")
-        if self.relaxation != "none" and self.baseline != "none":
-            raise ValueError(
-                f"relaxation={self.relaxation!r} uses no reward: it needs baseline='none' (got {self.baseline!r})"
-            )
+        if self.relaxation != "none":
+            alone = f"relaxation={self.relaxation!r} uses no reward: it needs"
+            if self.baseline != "none":
+                raise ValueError(f"{alone} baseline='none' (got {self.baseline!r})")
+            unread(self, f"is not read: {alone} none", ["reward", "lambda_r"])
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class SelfCriticalConfig:
         learning_rate: of the decoder, at its highest; the encoder's keeps its proportion to it.
         schedule: constant, or cosine or linear decay to zero over the phase.
         nll_weight: weight of the NLL of the image's own captions beside it.
-        dropout: in the forward pass whose gradient is taken; captions are drawn without it.
+        dropout: in the forward pass whose gradient is taken; the decoder draws captions without it.
     """
 
     epochs: int = 0

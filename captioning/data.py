@@ -5,6 +5,7 @@ docs/data_formats.md shows the layout. `preprocess.build` writes it with the nam
 
 import json
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -347,5 +348,15 @@ def load_batches(
         collate_fn=Collate(captions_per_image),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_loop,
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C, `timeout` and job queues send their signals to workers too, whose end would be an error in the loop.
+
+    The loop saves where it stands, and ends its workers itself; without it they end by themselves.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -134,7 +134,7 @@ def draw_words(
         _, history = _roll_out(decoder, a, config, rows_per_image=config.num_captions, choose=choose)
     ended = (history == END).cumsum(dim=-1) - (history == END).int() > 0
     words = torch.cat([torch.full_like(history[:, :1], START), history.masked_fill(ended, PAD)], dim=-1)
-    return words.unflatten(0, (len(a), -1))
+    return words.unflatten(0, (len(_one_of(a)), -1))
 
 
 def sayable(logits: Float[Tensor, "W V"]) -> Float[Tensor, "W V"]:

@@ -86,20 +86,20 @@ def diagnose(
     Raises:
         ValueError: fewer than two images.
     """
-    if len(indices) < 2:
-        raise ValueError(f"diagnosing attention needs two images or more (got {len(indices)})")
+    check_enough(indices)
     generator = torch.Generator().manual_seed(seed)
     nll: dict[str, float] = {}
     parts: list[_Words] = []
-    words, hard = 0, False
+    words = 0
     decoder, grid = model.decoders[scale], model.encoder.grids[scale]
     look = Look(location, generator=torch.Generator(device).manual_seed(seed))
+    hard = is_hard(decoder)
+    places = hard and location != "expected"
     with torch.no_grad(), _evaluating(model), looking(decoder, look):
         for batch in caption_batches(model, data, indices, vocabulary, batch_size=batch_size, scale=scale):
             a, targets = model.annotate(batch.images.to(device)), batch.words.to(device)
             output = decoder(a, targets)
             words += len(output.targets)
-            hard = hard or output.locations is not None
             _add(nll, "as it is", output)
             if output.alphas is None:
                 continue
@@ -116,8 +116,23 @@ def diagnose(
     listening = {name: value - own for name, value in nll.items()} or None
     joined = _Words(*(torch.cat(x) for x in zip(*parts, strict=True)))
     return Diagnosis(
-        len(indices), words, own, hard=hard, listening=listening, **_numbers(joined, vocabulary, generator, hard=hard)
+        len(indices),
+        words,
+        own,
+        hard=hard,
+        listening=listening,
+        **_numbers(joined, vocabulary, generator, places=places),
     )
+
+
+def check_enough(indices: Sequence[int]) -> None:
+    """Attention is exchanged between images.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if len(indices) < 2:
+        raise ValueError(f"diagnosing attention needs two images or more (got {len(indices)})")
 
 
 def caption_batches(
@@ -164,8 +179,8 @@ def _words_of(output: Output, alphas: Float[Tensor, "N K T L"], first: int) -> _
     return _Words(alphas[output.mask].float().cpu(), output.targets.cpu(), captions, positions)
 
 
-def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, *, hard: bool) -> dict[str, Any]:
-    """The fields of a Diagnosis that follow from the weights and the words."""
+def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, *, places: bool) -> dict[str, Any]:
+    """The fields of a Diagnosis that follow from the weights and the words; `places`: from which places are drawn."""
     classes = torch.tensor([CLASSES.index(name) for name in classify(vocabulary.words)])[words.ids]
     entropies = normalised_entropy(words.alphas)
     by_class, sizes = means_by(entropies, classes, len(CLASSES))
@@ -177,7 +192,7 @@ def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, 
         "locations": words.alphas.shape[-1],
         "entropy": entropies.mean().item(),
         "largest": words.alphas.amax(dim=-1).mean().item(),
-        "off_argmax": share_off_argmax(words.alphas) if hard else None,
+        "off_argmax": share_off_argmax(words.alphas) if places else None,
         "mutual_information": mutual_information(words.alphas, words.ids),
         "mutual_information_null": shuffled_mutual_information(words.alphas, words.ids, generator),
         "movement_nouns": movement(words.alphas, words.captions, nouns),

@@ -24,7 +24,7 @@ from captioning.checkpoint import Checkpoint, checkpoint_folder
 from captioning.config import LOCATIONS, EncoderConfig, Location, SearchConfig, given, one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, resizing
 from captioning.decoding import Hypothesis
-from captioning.diagnosis import diagnose, signal_to_noise
+from captioning.diagnosis import check_enough, diagnose, signal_to_noise
 from captioning.files import make_place
 from captioning.findings import Diagnosis
 from captioning.memory import keep_memory
@@ -275,6 +275,8 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], dict[i
     ensemble, data = load_ensemble(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
     if options.diagnose is not None and ensemble.names:
         raise ValueError(f"--diagnose: {options.checkpoint} is an ensemble; diagnose its members one by one")
+    if options.diagnose is not None:
+        check_enough(_diagnosed(options, data))
     config = search_config(ensemble.search, **given(options, SearchConfig))
     if options.output:
         make_place(Path(options.output), "--output")
@@ -344,8 +346,7 @@ def _diagnose(
     """What was asked for, by the side of the pictures that the model looked at."""
     if options.diagnose is None:
         return {}
-    indices = data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
-    subject = (checkpoint.model, data, indices, checkpoint.vocabulary)
+    subject = (checkpoint.model, data, _diagnosed(options, data), checkpoint.vocabulary)
     found = {}
     stored = (checkpoint.encoder if data.encoder is None else data.encoder).sides
     for scale, side in enumerate(checkpoint.encoder.sides):
@@ -357,6 +358,11 @@ def _diagnose(
         signal = signal_to_noise(*subject, device=options.device, scale=scale)
         found[side] = dataclasses.replace(diagnosis, gradient_snr=signal)
     return found
+
+
+def _diagnosed(options: argparse.Namespace, data: CaptionData) -> list[int]:
+    """The images on which attention is diagnosed."""
+    return data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,12 +21,17 @@ def fresh_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a name may be as long as a system allows
     try:
         yield partial
-        descriptor = os.open(partial, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        to_disk(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Return when what was written to a file is on the disk, and a power cut cannot take it back."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def hold(path: Path) -> TextIO:

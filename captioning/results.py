@@ -16,10 +16,12 @@ def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, s
 
     Args:
         path: written beside its final name, then renamed.
-        captions: `image_id` -> caption. COCO's own tools want integers, data sets without numbers have file names.
+        captions: `image_id` -> caption. Keys that are all numbers in decimal are written as integers, which COCO's own
+            tools want; data sets without numbers have file names.
     """
     path = Path(path)
-    rows = [{"image_id": key, "caption": caption} for key, caption in captions.items()]
+    numbers = all(str(key).isdecimal() and str(int(key)) == str(key) for key in captions)
+    rows = [{"image_id": int(key) if numbers else key, "caption": caption} for key, caption in captions.items()]
     with fresh_file(path) as partial:
         partial.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 

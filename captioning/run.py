@@ -211,7 +211,8 @@ def open_output(settings: Settings, progress: Progress) -> tuple[SummaryWriter, 
     except BlockingIOError as error:
         raise FileExistsError(f"output={output}: another process is training there now") from error
     write_json(output / "settings.json", to_dict(settings))
-    return SummaryWriter(str(output / "tensorboard"), purge_step=progress.step or None), lock
+    again = progress.step + (progress.batch == 0)  # what an epoch's end has written of its last step, it wrote for good
+    return SummaryWriter(str(output / "tensorboard"), purge_step=again if progress.step else None), lock
 
 
 def training_set(run: Run) -> CaptionDataset:

@@ -1,8 +1,8 @@
 """Self-critical sequence training: the last phase of a run may maximise the expected CIDEr-D of its own captions.
 
 Rennie et al. (2017), with the mean reward of an image's other samples as baseline (Luo, 2020). Captions are drawn from
-the model without dropout, and the same model then gives the gradient of their log p: encoder and annotation vectors are
-shared by the two. The baseline belongs to one image, so several processes need not talk about it.
+the decoder without dropout, and the same model then gives the gradient of their log p: encoder and annotation vectors
+are shared by the two. The baseline belongs to one image, so several processes need not talk about it.
 """
 
 from collections.abc import Callable

@@ -61,10 +61,13 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encode
     if {first.decoder.attention, settings.decoder.attention} <= {"soft", "hard"}:  # they have the same parameters
         free += ["attention", "glimpses"]
     if first.decoder != dataclasses.replace(settings.decoder, **{name: getattr(first.decoder, name) for name in free}):
-        raise ValueError(f"init_from={settings.init_from}: its decoder is {first.decoder}; set --decoder alike")
+        raise ValueError(
+            f"init_from={settings.init_from}: its decoder is {first.decoder}; set its fields alike (--decoder.NAME)"
+        )
     if first.region_encoder != settings.region_encoder:
         raise ValueError(
-            f"init_from={settings.init_from}: its region encoder is {first.region_encoder}; set --region_encoder alike"
+            f"init_from={settings.init_from}: its region encoder is {first.region_encoder}; set its fields alike "
+            "(--region_encoder.NAME)"
         )
 
 

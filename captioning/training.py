@@ -190,7 +190,7 @@ def average_gradients(run: Run) -> None:
 
 def step_seed(seed: int, step: int, process: int) -> int:
     """One seed for everything random in a step of a process: dropout, sampled locations."""
-    mixed = torch.Generator().manual_seed(seed * 1_000_003 + step * 1_009 + process)
+    mixed = torch.Generator().manual_seed((seed * 1_000_003 + step * 1_009 + process) % 2**63)
     return int(torch.randint(2**62, (1,), generator=mixed))
 
 

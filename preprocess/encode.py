@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from captioning.api import check_device
 from captioning.config import EncoderConfig, Precision, one_line
 from captioning.files import short_name
 from captioning.images import read_image, to_array, to_square
@@ -172,10 +173,4 @@ def torch_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: allowed are auto, cpu and cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is there; take cpu")
-    return device
+    return check_device(name)

@@ -1,6 +1,6 @@
 """A made world of coloured shapes: scenes, their pictures and their COCO-style masks.
 
-A picture holds one to four things on a softly tinted ground. Centres lie on a jittered 3x3 lattice, so that places and
+A picture holds one to three things on a softly tinted ground. Centres lie on a jittered 3x3 lattice, so that places and
 relations are never in doubt: two centres are either at most 0.12 apart along an axis (same row or column) or at least
 0.15. Coordinates are fractions of the picture's side, x to the right and y down.
 """
@@ -216,7 +216,7 @@ def _draw_looks(rng: np.random.Generator) -> list[tuple[str, str, str]]:
     """(kind, colour, size) per thing: a group of two or three equal ones at times, all others of distinct looks."""
     counts, shares = zip(*_THINGS, strict=True)
     count = int(rng.choice(counts, p=shares))
-    group = int(rng.integers(2, min(count, 3) + 1)) if count > 1 and rng.random() < _GROUP_SHARE else 1
+    group = int(rng.integers(2, count + 1)) if count > 1 and rng.random() < _GROUP_SHARE else 1
     distinct = count - group + 1
     colours = tuple(COLOURS)
     pairs = rng.choice(len(KINDS) * len(colours), size=distinct, replace=False).tolist()

@@ -119,10 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
         check_fits(checkpoint, data)
         grid = max(checkpoint.model.encoder.grids)  # all scales speak, and are heard on the finest grid
-        if data.image_shape[0] % grid[0]:
-            raise ValueError(
-                f"{options.data}: its {data.image_shape[0]} pixels are no multiple of the attention's grid"
-            )
+        side = data.settings["image_size"]
+        if side % grid[0]:
+            raise ValueError(f"{options.data}: its {side} pixels are no multiple of the attention's {grid[0]} places")
         instances = read_json(options.data.with_suffix(".instances.json"))
         several = len(checkpoint.encoder.sides) > 1
         search = SearchConfig(beam_size=options.beam_size, location=options.location, multi_scale=several)

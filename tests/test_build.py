@@ -177,7 +177,7 @@ def test_a_file_without_a_train_split_has_only_the_special_words(tmp_path):
         (["--encoder", "resnet17"], "--encoder 'resnet17' is no checkpoint, nor a torchvision classification model"),
         (["--encoder", "resnet18", "--weights", "no.pth"], "--weights=no.pth: no such file"),
         (["--encoder", "resnet18", "--weights", "null", "--layer", "layer9"], "--layer='layer9' is no feature map"),
-        (["--encoder", "resnet18", "--weights", "null", "--device", "abacus"], "--device abacus: allowed are"),
+        (["--encoder", "resnet18", "--weights", "null", "--device", "abacus"], "device abacus: allowed is cpu"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(tmp_path, capsys, options, message):

@@ -116,6 +116,15 @@ def test_several_captions_come_best_first(call_caption, photos, tiny_checkpoint)
     assert best.score >= best.alternatives[0].score >= best.alternatives[1].score
 
 
+def test_every_batch_draws_anew(call_caption, photos):
+    _, lines, _ = call_caption(*[photos / "a.png"] * 2, "--sample", "--batch-size", 1)
+    assert len(lines) == 1  # a file that is named twice is one file
+    shutil.copytree(photos, copies := photos.parent / "copies", dirs_exist_ok=True)
+    _, lines, _ = call_caption(photos / "a.png", copies / "a.png", "--sample", "--batch-size", 1, "--max-length", 20)
+    one, other = (line.split("\t")[1] for line in lines)
+    assert one != other
+
+
 def test_samples_follow_the_seed(call_caption, photos):
     first, again, *others = (call_caption(photos / "a.png", "--sample", "--seed", seed)[1] for seed in (1, 1, 2, 3, 4))
     assert first == again

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from photo_folders import command, photos
 
 from captioning import compare, load_captioner, training
 from captioning.checkpoint import load_checkpoint
@@ -19,6 +20,7 @@ from captioning.models.regions import build_region_encoder
 from captioning.models.registry import build_decoder
 from captioning.settings import parse_settings, recipes
 from captioning.vocabulary import START
+from preprocess.__main__ import main as preprocess
 from preprocess.shapes import make_scene
 
 FAMILY = [name for name in recipes() if name.startswith("family_")]
@@ -162,6 +164,25 @@ def test_every_system_captions_the_same_picture_and_shows_where_it_looked_if_it_
     shown = tmp_path / "out" / "looks" / "seed0" / "overlay.png"
     caption = load_captioner(tmp_path / "out" / "looks" / "seed0" / "run").caption(picture, beam_size=3)[0]
     assert shown.is_file() == bool(caption.words)
+
+
+def test_a_split_that_is_too_small_is_refused_before_any_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train", lambda settings: pytest.fail("it was trained"))
+    assert preprocess(command(photos(tmp_path / "in", 5), tmp_path / "d.h5")) == 0  # one image is val, none is test
+    words = [
+        "--data",
+        str(tmp_path / "d.h5"),
+        "--recipes",
+        "shapes_soft",
+        "--budget",
+        "1",
+        "--output",
+        str(tmp_path / "c"),
+    ]
+    for more, message in (([], "needs two images or more (got 1)"), (["--split", "test"], "no images of split 'test'")):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.usefixtures("steady")
@@ -312,8 +333,10 @@ def test_a_family_recipe_fits_the_stored_features(name):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--budget", "1", "--max_steps", "3"], "--max_steps: the budget decides how many steps there are"),
-        (["--budget", "1", "--max_steps=3"], "--max_steps: the budget decides how many steps there are"),
+        (["--budget", "1", "--max_steps", "3"], "--max_steps: --budget decides that here"),
+        (["--budget", "1", "--max_steps=3"], "--max_steps: --budget decides that here"),
+        (["--budget", "1", "--epochs", "3"], "--epochs: --budget decides that here"),
+        (["--budget", "1", "--seed", "3"], "--seed: --seeds decides that here"),
         (["--budget", "nan"], "--budget must be positive"),
         (["--budget", "inf"], "--budget must be positive"),
         (["--budget", "1", "--config", "theirs.yaml"], "--config: give one recipe"),

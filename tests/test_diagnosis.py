@@ -70,7 +70,7 @@ def test_the_numbers_of_words_by_hand():
     ids = torch.tensor([4, 5, 6, 4, 7, END, 5, END])
     alphas = torch.tensor([[1, 0], [0.5, 0.5], [0, 1], [1, 0], [0.25, 0.75], [0, 1], [0.5, 0.5], [0, 1.0]])
     words = diagnosis._Words(alphas, ids, torch.tensor([0] * 6 + [1] * 2), torch.tensor([0, 1, 2, 3, 4, 5, 0, 1]))
-    found = diagnosis._numbers(words, vocabulary, torch.Generator().manual_seed(0), hard=True)
+    found = diagnosis._numbers(words, vocabulary, torch.Generator().manual_seed(0), places=True)
     quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
     assert found["entropy"] == pytest.approx((2 + quarter) / 8)
     assert found["entropy_by_class"] == pytest.approx(
@@ -121,6 +121,7 @@ def test_a_hard_model_is_diagnosed_where_it_is_told_to_look(checkpoint, data):
     found = {location: run(hard, data, location=location) for location in ("argmax", "sample", "expected")}
     assert found["expected"].nll == pytest.approx(run(checkpoint, data).nll)
     assert found["expected"].off_argmax is None  # the mean context is no place
+    assert all(diagnosis.hard for diagnosis in found.values())
     assert found["sample"].nll != found["argmax"].nll
     assert found["sample"] == run(hard, data, location="sample")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY_DECODER
 
+from captioning import evaluate as evaluating
 from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from captioning.config import EncoderConfig, SearchConfig
 from captioning.data import CaptionData
@@ -112,6 +113,14 @@ def test_another_split_and_a_limit(call, tiny_checkpoint, tiny_data, tmp_path):
     names = [row["image_id"] for row in json.loads((tmp_path / "r.json").read_text())]
     assert names == [data.names[i] for i in data.indices("train")[:3]]
     assert json.loads(out[-1])["images"] == 3
+
+
+def test_too_few_images_to_diagnose_are_refused_before_they_are_captioned(
+    call, tiny_checkpoint, tiny_data, monkeypatch
+):
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: pytest.fail("it captioned"))
+    code, _, err = call("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--limit", 1, "--diagnose")
+    assert (code, err) == (2, ["evaluate: diagnosing attention needs two images or more (got 1)"])
 
 
 @pytest.mark.usefixtures("no_java")

@@ -230,6 +230,11 @@ def test_a_location_for_a_model_without_hard_attention_is_refused(location):
             {"relaxation": "gumbel_straight_through"},
             "relaxation='gumbel_straight_through' uses no reward: it needs baseline='none' (got 'moving_average')",
         ),
+        (
+            HardConfig,
+            {"relaxation": "gumbel_straight_through", "baseline": "none", "lambda_r": 0.5},
+            "lambda_r=0.5 is not read: relaxation='gumbel_straight_through' uses no reward: it needs none",
+        ),
         (HardConfig, {"samples": 0}, "samples must be positive (got 0)"),
         (HardConfig, {"lambda_r": -1.0}, "lambda_r must not be negative (got -1.0)"),
         (HardConfig, {"expectation_probability": 1.0}, "expectation_probability must lie in [0, 1) (got 1.0)"),

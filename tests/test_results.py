@@ -27,6 +27,16 @@ def test_results_are_in_the_coco_format_with_integer_ids(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == [{"image_id": 7, "caption": "a dog"}]
 
 
+@pytest.mark.parametrize(
+    ("keys", "written"),
+    [(["391895", "0"], [391895, 0]), (["391895", "x.jpg"], ["391895", "x.jpg"]), (["7", "007"], ["7", "007"])],
+)
+def test_ids_that_are_all_numbers_are_written_as_cocos_own_tools_want_them(keys, written, tmp_path):
+    write_results(tmp_path / "results.json", dict.fromkeys(keys, "a dog"))
+    assert [row["image_id"] for row in json.loads((tmp_path / "results.json").read_text())] == written
+    assert list(read_results(tmp_path / "results.json")) == keys
+
+
 def test_interrupted_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_results(path, {1: "old"})

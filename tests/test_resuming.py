@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import STEPS, TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 from captioning import training
@@ -47,6 +49,50 @@ def test_a_killed_process_resumes_from_its_last_saved_step_to_the_same_bits(whol
     )
     assert result.returncode == 0, result.stderr
     assert same_bits(saved_bits(tmp_path / "run"), saved_bits(whole_run))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups that are sent signals")
+def test_a_signal_to_the_whole_group_of_processes_saves_the_run(tiny_data, tmp_path):
+    # As `timeout`, a terminal's Ctrl-C and a job queue send it: to the processes that read data, too.
+    recipe, validation = tmp_path / "recipe.json", dataclasses.replace(TINY["validation"], every=999)
+    changes = {"workers": 1, "batch_size": 1, "captions_per_image": 1, "epochs": 999, "validation": validation}
+    recipe.write_text(json.dumps(dataclasses.asdict(tiny_settings(tiny_data, tmp_path / "run", **changes))))
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(recipe)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    progress, deadline = tmp_path / "run" / "last" / "training.json", time.monotonic() + 120
+    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(1.0)  # into an epoch of 160 steps
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "--resume true" in error.splitlines()[-1]
+    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] > 160
+
+
+def test_the_curves_of_a_resumed_run_keep_what_the_last_epoch_ended_with(tiny_data, tmp_path, monkeypatch):
+    settings, real_step = tiny_settings(tiny_data, tmp_path / "run"), training.train_step
+
+    def step_or_die(run, batch):
+        if run.progress.step > STEPS // 2:
+            raise MemoryError("killed in the second epoch, which had saved nothing")
+        return real_step(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", step_or_die)
+        with pytest.raises(MemoryError):
+            training.train(settings)
+    training.train(dataclasses.replace(settings, resume=True))
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for name in ("val/CIDEr", "attention/entropy", "train/words_per_second"):
+        assert [point.step for point in curves.Scalars(name)] == [STEPS // 2, STEPS], name
 
 
 @pytest.mark.parametrize(("max_steps", "batches"), [(3, [3, 0]), (4, [4, 0]), (6, [4, 2]), (8, [4, 4]), (99, [4, 4])])

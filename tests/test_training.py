@@ -295,6 +295,24 @@ def test_the_losses_of_two_processes_have_the_whole_batchs_mean(tiny_data, tmp_p
     assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
 
 
+def test_every_seed_has_its_steps():
+    seeds = {
+        training.step_seed(seed, step, process) for seed in (0, 2**63 - 1) for step in range(3) for process in (0, 1)
+    }
+    assert len(seeds) == 12
+
+
+def test_the_command_that_is_interrupted_before_its_first_step_says_so_in_one_line(tmp_path, capsys, monkeypatch):
+    import train
+
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    assert train.main(["--data", "d.h5", "--output", str(tmp_path / "x")]) == 130
+    assert capsys.readouterr().err == "train: interrupted\n"
+
+
 def test_the_best_checkpoint_is_that_of_the_highest_cider(tiny_data, tmp_path, monkeypatch):
     ciders = iter((0.1, 0.9, 0.5))
 

@@ -1,5 +1,6 @@
 """The Transformer: one layer by hand, the whole against PyTorch's own, positions, and the cache of keys and values."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.transformer_cache import cached, recomputed
-from captioning.config import SearchConfig
+from captioning.api import Captioner
+from captioning.checkpoint import build_model, load_checkpoint
+from captioning.config import RegionEncoderConfig, SearchConfig
 from captioning.decoding import search
 from captioning.models.blocks import EncoderBlock, sinusoids
 from captioning.models.multihead import MultiHead, show_head
@@ -215,6 +218,19 @@ def test_a_head_that_is_not_there_is_refused():
         show_head(decoder_of(), 3)
     with pytest.raises(ValueError, match="head=0: this model's attention has no heads"):
         show_head(nn.Linear(2, 2), 0)
+
+
+def test_the_heads_that_are_shown_are_the_decoders_own(tiny_checkpoint):
+    first = load_checkpoint(tiny_checkpoint)
+    regions = RegionEncoderConfig(name="transformer", dim=8, heads=2)
+    for attention, heads in (("soft", 0), ("multi_head", 4)):
+        decoder = dataclasses.replace(first.decoder, attention=attention, attention_dim=8, heads=heads or 8)
+        model, encoder = build_model(first.encoder, decoder, len(first.vocabulary), region_encoder=regions)
+        checkpoint = dataclasses.replace(first, model=model, encoder=encoder, decoder=decoder, region_encoder=regions)
+        if heads:
+            assert Captioner(checkpoint, head=3).attends  # of four, though the region encoder has two
+        with pytest.raises(ValueError, match="heads 0 to 3" if heads else "this model's attention has no heads"):
+            Captioner(checkpoint, head=4 if heads else 0)
 
 
 def test_a_caption_longer_than_the_learned_positions_is_refused_with_the_way_out():
