@@ -239,22 +239,27 @@ def _common() -> argparse.ArgumentParser:
     fit = f"how a photo becomes square (default: {BuildSettings.fit}, or the checkpoint's)"
     parser.add_argument("--fit", choices=["crop", "squash"], default=own, help=fit)
     parser.add_argument(
-        "--min-count", type=int, default=5, help="rarer words of the train split become <unk> (default: %(default)s)"
+        "--min-count",
+        type=int,
+        default=BuildSettings.min_count,
+        help="rarer words of the train split become <unk> (default: %(default)s)",
     )
     words = "take its words, so that training can go on from it (--init_from); --min-count and --max-words mean nothing"
     parser.add_argument("--vocabulary", metavar="CHECKPOINT", help=words)
-    parser.add_argument("--max-words", type=int, default=10_000, help="largest vocabulary (default: %(default)s)")
-    parser.add_argument(
-        "--max-length", type=int, default=50, help="words of a caption that are trained on (default: %(default)s)"
-    )
+    largest = "largest vocabulary (default: %(default)s)"
+    parser.add_argument("--max-words", type=int, default=BuildSettings.max_words, help=largest)
+    length = "words of a caption that are trained on (default: %(default)s)"
+    parser.add_argument("--max-length", type=int, default=BuildSettings.max_length, help=length)
     parser.add_argument(
         "--max-missing",
         type=float,
-        default=0.01,
+        default=BuildSettings.max_missing,
         help="share of missing or broken images allowed (default: %(default)s)",
     )
     parser.add_argument("--limit", type=int, help="take only so many images, the first of the source")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=BuildSettings.seed, help="of everything random (default: %(default)s)"
+    )
     decoders = "processes that decode photos, 0: this one (default: 0 with an encoder on the CPU, else up to 4)"
     parser.add_argument("--workers", type=int, default=own, help=decoders)
     group = parser.add_argument_group("annotation vectors instead of pixels")

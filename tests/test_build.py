@@ -19,6 +19,7 @@ from captioning.images import open_image, to_array, to_square
 from captioning.tokenization import tokenize
 from captioning.vocabulary import SPECIAL
 from preprocess.__main__ import main
+from preprocess.build import BuildSettings
 
 
 def test_a_pixel_file_holds_what_the_source_gave(tmp_path):
@@ -39,6 +40,12 @@ def test_a_pixel_file_holds_what_the_source_gave(tmp_path):
     assert data.settings["image_size"] == 32
     assert data.settings["fit"] == "crop"
     assert data.source["captions"] == ["captions.csv"]
+
+
+def test_what_nobody_asked_for_is_as_documented():
+    settings = BuildSettings()
+    assert (settings.image_size, settings.fit, settings.max_missing) == (224, "crop", 0.01)
+    assert (settings.min_count, settings.max_words, settings.max_length) == (5, 10_000, 50)
 
 
 @pytest.mark.parametrize(

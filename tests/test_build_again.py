@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from photo_folders import ENCODER, command, photos
+from torchvision.models import get_model
 
 from captioning.data import CaptionData
 from preprocess.__main__ import main
@@ -96,17 +98,17 @@ def test_what_another_command_left_is_refused_unless_told_to_overwrite(tmp_path)
     assert partial(tmp_path / "p", "another", restart=True).batches == 0
 
 
-def interrupted(root: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that read all images and was stopped before it wrote the file."""
     with monkeypatch.context() as patch:
         patch.setattr("preprocess.build.write_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main(command(root, output)) == 130
+        assert main(words) == 130
 
 
 @pytest.mark.parametrize("change", ["size", "captions", "photo"])
 def test_leftovers_are_not_mixed_with_other_settings_captions_or_photos(tmp_path, capsys, monkeypatch, change):
     root, output = photos(tmp_path / "in", 3), tmp_path / "d.h5"
-    interrupted(root, output, monkeypatch)
+    interrupted(command(root, output), monkeypatch)
     if change == "captions":
         (root / "captions.csv").write_text((root / "captions.csv").read_text().replace("Photo", "Picture"))
     elif change == "photo":
@@ -119,9 +121,21 @@ def test_leftovers_are_not_mixed_with_other_settings_captions_or_photos(tmp_path
     assert len(CaptionData(output)) == 3
 
 
+def test_leftovers_are_not_mixed_with_vectors_of_other_weights(tmp_path, capsys, monkeypatch):
+    root, output, weights = photos(tmp_path / "in", 3), tmp_path / "d.h5", tmp_path / "w.pth"
+    words = command(root, output, "--encoder", "resnet18", "--weights", str(weights), "--device", "cpu", size=64)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(get_model("resnet18", weights=None).state_dict(), weights)
+        if seed == 0:
+            interrupted(words, monkeypatch)
+    assert main(words) == 2
+    assert "left by a run with other settings, captions or photos" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_reads_no_image_twice(tmp_path, capsys, monkeypatch):
     root, output = photos(tmp_path / "in", 3), tmp_path / "d.h5"
-    interrupted(root, output, monkeypatch)
+    interrupted(command(root, output), monkeypatch)
     assert main(command(root, output)) == 0
     assert " 0 read in " in capsys.readouterr().out
 

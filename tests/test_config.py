@@ -22,6 +22,7 @@ from captioning.config import (
     from_dict,
     to_dict,
 )
+from captioning.models.alignment import ALIGNMENTS
 from captioning.models.attention import build_gate
 from captioning.models.blocks import NORMS
 from captioning.models.transformer import POSITIONS
@@ -227,6 +228,16 @@ def test_combinations_without_a_meaning_are_refused_in_a_sentence(settings, name
     with pytest.raises(ValueError, match=named) as error:
         DecoderConfig(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_each_alignment_is_built_by_its_name():
+    assert {name: kind.__name__ for name, kind in ALIGNMENTS.items()} == {
+        "additive": "AdditiveAlignment",
+        "concat": "ConcatAlignment",
+        "dot": "DotAlignment",
+        "general": "GeneralAlignment",
+        "scaled_dot": "ScaledDotAlignment",
+    }
 
 
 def test_every_gate_can_be_built():

@@ -91,6 +91,17 @@ def test_the_plan_depends_on_seed_and_epoch_only(tiny_data):
     assert batches_of(data, seed=2, epoch=2) != plan
 
 
+def test_samples_come_in_another_order_and_with_other_seeds_in_each_epoch(tiny_data):
+    epochs = [[s for batch in batches_of(CaptionData(tiny_data), epoch=epoch) for s in batch] for epoch in (0, 1)]
+    seeds = [sample.seed for samples in epochs for sample in samples]
+    assert len(set(seeds)) == len(seeds)
+    assert 0.3 < np.mean([seed % 2 for seed in seeds]) < 0.7  # by which a photo is mirrored
+    one, other = ([sample.image for sample in samples] for samples in epochs)
+    assert sorted(one) == sorted(other)
+    assert one != sorted(one)
+    assert one != other
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_the_parts_of_all_processes_are_the_whole_batch(world):
     batch = [Sample(i, (2 * i, 2 * i + 1), i) for i in range(7)]
@@ -193,6 +204,19 @@ def test_a_flip_is_the_photo_or_its_mirror_image(tiny_data):
         assert torch.equal(found, image.flip(-1) if mirrored else image)
         kinds.add(mirrored)
     assert kinds == {True, False}
+
+
+def test_a_crop_is_half_of_the_photo_or_more_and_is_mirrored_when_asked(tiny_data):
+    y, x = torch.meshgrid(torch.arange(128) * 2, torch.arange(128) * 2, indexing="ij")
+    ramp, crop, areas = torch.stack([x, y, x]).byte(), resizing(64, crop=True), []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        seen = crop(ramp).float()
+        areas.append(float((seen[0].max() - seen[0].min()) * (seen[1].max() - seen[1].min())) / 254**2)
+    assert 0.45 < min(areas) < 0.6
+    assert max(areas) > 0.9
+    dataset = CaptionDataset(CaptionData(tiny_data), sides=(32,), augment="crop_flip")
+    assert {dataset[Sample(2, (), seed)][3] for seed in range(4)} == {True, False}
 
 
 def test_no_augmentation_resizes_only(tiny_data):

@@ -256,6 +256,13 @@ def test_the_forget_gate_begins_open_and_no_other_gate_does(config):
 
 
 @every_decoder
+def test_words_begin_small_enough_to_be_logits_too(config):
+    decoder = build_decoder(config, vocabulary_size=500, annotation_dim=DIM)
+    assert decoder.E.weight[4:].std().item() == pytest.approx(decoder.E.embedding_dim**-0.5, rel=0.1)
+    assert not decoder.E.weight[PAD].any()
+
+
+@every_decoder
 @pytest.mark.parametrize("width", [1, 3])
 def test_any_decoder_can_be_searched(config, width):
     a, _ = batch()

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from tiny_runs import TINY, same_bits, saved_bits, tiny_settings, train_interrup
 from captioning import training
 from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
 from captioning.config import DistillationConfig, EncoderConfig, HardConfig, SelfCriticalConfig, Settings
-from captioning.data import CaptionData, resizing
-from captioning.distillation import Looks, Photos, Teachers, load_teachers
+from captioning.data import CaptionData, Sample, load_batches, resizing
+from captioning.distillation import Looks, Photos, Teachers, _views, load_teachers
 from captioning.losses import expected_nll, word_nll
 from captioning.model_config import PLAIN, View
 from captioning.models.captioner import CaptioningModel
 from captioning.objective import teacher_forced
-from captioning.run import start
+from captioning.run import plan, start, training_set
 
 FROZEN = EncoderConfig(name="resnet18", layer="layer2", weights=None, image_size=32)
 
@@ -158,6 +158,35 @@ def test_teachers_see_no_more_of_a_photo_than_the_student(augment, whole, teache
     seen = [picture.numpy().tobytes() in stored for pictures in looks for picture in pictures]
     assert seen
     assert all(seen) if whole else not any(seen)
+
+
+def test_teachers_are_told_which_photos_they_are_and_which_are_mirrored(teachers, tiny_data, tmp_path):
+    run = start(taught(tiny_data, tmp_path / "run", teachers[:1], augment="flip"))
+    batch = next(load_batches(training_set(run), plan(run.settings, run.data, epoch=0), captions_per_image=5))
+    asked, real = [], run.teachers
+
+    def ask(*photos_and_words, photos, **options):
+        asked.append(photos)
+        return real(*photos_and_words, photos=photos, **options)
+
+    run.teachers = cast(Any, ask)
+    run.wrapped.train()
+    training.train_step(run, batch)
+    assert set(batch.mirrored.tolist()) == {True, False}
+    assert all(torch.equal(told, own) for told, own in zip(asked[0], (batch.indices, batch.mirrored), strict=True))
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_pictures_are_resized_by_the_encoders_own_filter(resample, tiny_data, tmp_path):
+    encoder = EncoderConfig(name="resnet18", layer="layer2", weights=None, image_size=48, resample=resample)
+    run = start(tiny_settings(tiny_data, tmp_path / "run", encoder=encoder, augment="none"))
+    image = run.data.image(3)
+    right = resizing(48, resample)(image)
+    assert torch.equal(training_set(run)[Sample(3, (), 0)][0], right)
+    run.model.eval()
+    torch.testing.assert_close(_views(image[None], run.model.encoder)[0], run.model.encoder(right[None]))
+    (looked,) = Looks(run.model.encoder, run.data)((torch.tensor([3]), torch.tensor([False])))
+    torch.testing.assert_close(looked, run.model.encoder(right[None]))
 
 
 def test_a_student_who_expects_what_its_teacher_does_has_nothing_to_learn(teachers, tiny_data, tmp_path):

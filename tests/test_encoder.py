@@ -102,6 +102,12 @@ def test_a_network_without_an_entry_is_cut_at_its_last_feature_map(name):
     assert (node.height, node.width) == (7, 7)
 
 
+def test_pixels_are_normalised_as_torchvisions_weights_want_them():
+    theirs = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
+    assert tuple(theirs.mean) == IMAGENET_MEAN
+    assert tuple(theirs.std) == IMAGENET_STD
+
+
 def test_annotation_vectors_are_the_feature_map_row_by_row():
     encoder, config = build_encoder(small())
     network = get_model("resnet18", weights=None).eval()

@@ -12,10 +12,11 @@ from PIL import Image
 
 from captioning import load_captioner
 from captioning.api import search_config
-from captioning.checkpoint import build_model, load_checkpoint
+from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
 from captioning.config import DecoderConfig, RegionEncoderConfig, SearchConfig
 from captioning.data import MIRRORED, CaptionData
 from captioning.decoding import search
+from captioning.ensemble import build_ensemble
 from captioning.evaluate import caption_split
 from captioning.evaluate import main as evaluate_main
 from captioning.models.attention import Look, looking
@@ -250,6 +251,14 @@ def test_a_split_is_mirrored_as_photos_are(tiny_checkpoint, tiny_data, photo):
     config = SearchConfig(mirror=True)
     found = caption_split(checkpoint.model, data, [3], checkpoint.vocabulary, config)[data.names[3]]
     assert found.text == load_captioner(tiny_checkpoint).caption([photo], mirror=True)[0].text
+
+
+def test_an_ensemble_searches_as_its_first_member_does(tiny_checkpoint, tmp_path):
+    own = SearchConfig(beam_size=3, length_penalty=0.8, no_repeat_ngram=2, mirror=True)
+    save_checkpoint(tmp_path / "a", dataclasses.replace(load_checkpoint(tiny_checkpoint), search=own))
+    assert build_ensemble([str(tmp_path / "a"), str(tiny_checkpoint)]).search == own
+    assert build_ensemble([str(tiny_checkpoint), str(tmp_path / "a")]).search == SearchConfig()
+    assert build_ensemble([str(tiny_checkpoint), str(tmp_path / "a")], mirror=True).search == SearchConfig(mirror=True)
 
 
 def test_mirrored_vectors_must_be_there(tiny_checkpoint, tiny_annotations, capsys):

@@ -279,7 +279,7 @@ def test_the_real_command_prints_no_traceback(tmp_path, tiny_checkpoint):
 def test_vectors_of_the_same_network_cut_elsewhere_or_seen_otherwise_are_others(tiny_checkpoint, tiny_annotations):
     checkpoint, data = load_checkpoint(tiny_checkpoint), CaptionData(tiny_annotations)
     check_fits(checkpoint, data)
-    for change in ({"layer": "layer2.1.add"}, {"resample": "bilinear"}):
+    for change in ({"layer": "layer2.1.add"}, {"resample": "bilinear"}, {"image_size": 48}):
         other = dataclasses.replace(checkpoint, encoder=dataclasses.replace(checkpoint.encoder, **change))
         with pytest.raises(ValueError, match="annotation vectors of another encoder"):
             check_fits(other, data)

@@ -52,6 +52,12 @@ def one_dimensional_decoder(*, input_feeding: bool) -> LuongDecoder:
     return decoder.eval()
 
 
+def test_a_config_says_whether_what_was_said_is_fed():
+    sizes = {"vocabulary_size": 9, "annotation_dim": 6}
+    for fed in (False, True):
+        assert build_decoder(DecoderConfig("luong", input_feeding=fed), **sizes).input_feeding == fed
+
+
 def one_step(y: float, h: float, c: float, fed: float) -> tuple[float, float, float, list[float]]:
     """h_t, c_t, h~_t and alpha_t from E y_{t-1}, h_{t-1}, c_{t-1} and h~_{t-1}, with the weights above."""
     i, f, o = sigmoid(y + 0.5 * h), sigmoid(1.0), sigmoid(2 * y)

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from captioning.config import RegionEncoderConfig
-from captioning.models.regions import POSITIONS, REGION_ENCODERS, RegionEncoder, build_region_encoder, sinusoids
+from captioning.models.regions import (
+    POSITIONS,
+    REGION_ENCODERS,
+    RegionEncoder,
+    RegionLSTM,
+    build_region_encoder,
+    sinusoids,
+)
 
 DIM, GRID = 8, (2, 3)
 
@@ -135,6 +142,14 @@ def test_both_directions_are_a_forward_and_a_backward_lstm_side_by_side():
     a = annotations().double()
     expected = torch.cat([forward(a), backward(a.flip(1)).flip(1)], dim=-1)
     torch.testing.assert_close(encoder(a), expected)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_forget_gates_of_a_region_lstm_begin_open(bidirectional):
+    lstm = RegionLSTM(3, dim=4, bidirectional=bidirectional).lstm
+    for name, bias in lstm.named_parameters():
+        if name.startswith("bias_ih"):
+            assert [bool((gate == 1).all()) for gate in bias.chunk(4)] == [False, True, False, False]  # i, f, g, o
 
 
 def test_self_attention_begins_as_nothing():

@@ -69,6 +69,18 @@ def test_the_cell_looked_at_is_the_sampled_one_of_hard_attention_and_the_likelie
     assert check(said, GRID, INSTANCES).hits == hits
 
 
+@pytest.mark.parametrize(("cell", "hits"), [(1, 1.0), (2, 0.0)])
+@pytest.mark.parametrize("hard", [False, True])
+def test_cells_are_counted_row_by_row(hard, cell, hits):
+    scene = Scene((Thing("square", "red", "large", 0.75, 0.25, 0.18),))  # on the upper right: the second of four cells
+    alpha = [float(i == cell) for i in range(4)]
+    report = check(
+        caption("there is a large red square", alpha, cell if hard else None), GRID, instances([scene], SIZE)
+    )
+    assert report.hits == hits
+    assert bool(report.mass) == bool(hits)
+
+
 def test_each_noun_is_held_against_its_own_thing():
     said = caption("a large red square and a small blue circle", [1.0, 0.0, 0.0, 0.0])
     report = check(said, GRID, INSTANCES)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from benchmarks.transformer_cache import cached, recomputed
 from captioning.api import Captioner
 from captioning.checkpoint import build_model, load_checkpoint
-from captioning.config import RegionEncoderConfig, SearchConfig
+from captioning.config import DecoderConfig, RegionEncoderConfig, SearchConfig
 from captioning.decoding import search
-from captioning.models.blocks import EncoderBlock, sinusoids
+from captioning.models.blocks import NORMS, EncoderBlock, sinusoids
 from captioning.models.multihead import MultiHead, show_head
-from captioning.models.transformer import TransformerDecoder, packed
+from captioning.models.registry import build_decoder
+from captioning.models.transformer import POSITIONS, TransformerDecoder, packed
 from captioning.vocabulary import END, START
 
 V, D, LOCATIONS = 11, 12, 5
@@ -218,6 +219,19 @@ def test_a_head_that_is_not_there_is_refused():
         show_head(decoder_of(), 3)
     with pytest.raises(ValueError, match="head=0: this model's attention has no heads"):
         show_head(nn.Linear(2, 2), 0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_config_reaches_the_transformer(norm):
+    config = DecoderConfig("transformer", embedding_dim=8, hidden_dim=8, heads=2, layers=5, norm=norm)
+    for positions in POSITIONS:
+        named = dataclasses.replace(
+            config, positions=positions, **{"max_positions": 9} if positions == "learned" else {}
+        )
+        decoder = build_decoder(named, vocabulary_size=9, annotation_dim=6)
+        assert len(decoder.layers) == 5
+        assert type(decoder.last_norm) is type(NORMS[norm].last(8))
+        assert type(decoder.positions) is POSITIONS[positions]
 
 
 def test_the_heads_that_are_shown_are_the_decoders_own(tiny_checkpoint):
