@@ -3,10 +3,11 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-IMAGE ?=
-CHECKPOINT ?= flickr8k-soft
-OUT ?= demo
-JOBS ?= 2
+# make NAME=value sets these; the environment does not: `clean` removes OUT
+IMAGE :=
+CHECKPOINT := flickr8k-soft
+OUT := demo
+JOBS := 2
 
 .PHONY: demo test lint types clean
 
@@ -28,7 +29,7 @@ types: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: Python 3.11 is needed ($(PYTHON) was not found; try make PYTHON=python3)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml requirements.txt
 	@echo "setting up $(VENV): a few minutes when packages must be downloaded"

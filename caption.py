@@ -94,12 +94,21 @@ def draws(path: Path, caption: Caption, options: argparse.Namespace, taken: set[
     return True
 
 
+def not_to_be_replaced(files: Sequence[Path], folder: Path) -> set[str]:
+    """The names of all files in a folder if photos to be captioned lie there; else none. Case tells no names apart.
+
+    An overlay may replace an older overlay, and never a photo.
+    """
+    photos_there = folder.resolve() in {path.parent.resolve() for path in files}
+    return {path.name.casefold() for path in folder.iterdir()} if photos_there else set()
+
+
 def write_overlay(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> Path:
     """Draw the per-word attention on the photo; two photos of one name get two files."""
     numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
     names = (f"{path.stem}{number}.{options.overlay_format}" for number in numbers)
-    name = next(name for name in names if name not in taken)
-    taken.add(name)
+    name = next(name for name in names if name.casefold() not in taken)
+    taken.add(name.casefold())
     file = Path(options.overlay) / name
     caption.overlay(path, file)
     return file
@@ -152,12 +161,14 @@ def one_line_name(path: Path) -> str:
     return str(path).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
 
 
-def make_folders(options: argparse.Namespace) -> None:
+def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
     """Make the folders that will be written to, before the work is done."""
     if options.overlay:
         make_folder(Path(options.overlay), f"--overlay {options.overlay}")
     if options.json and options.json != "-":
         make_place(Path(options.json), "--json")
+        if Path(options.json).resolve() in {path.resolve() for path in files}:
+            raise ValueError(f"--json {options.json}: is a photo to be captioned; give another file to write")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -166,10 +177,11 @@ def run(options: argparse.Namespace) -> int:
     captioner = load_captioner(options.checkpoint, device=options.device, head=options.head)
     if options.overlay and not captioner.attends:
         raise ValueError(f"--overlay: {options.checkpoint} has no attention to draw (its decoder attends to nothing)")
-    make_folders(options)
+    make_folders(options, files)
     search = {**given(options, SearchConfig), "seed": options.seed}
     lines = sys.stderr if options.json == "-" else sys.stdout
-    results, failed, taken = [], 0, set[str]()
+    results, failed = [], 0
+    taken = not_to_be_replaced(files, Path(options.overlay)) if options.overlay else set()
     for path, caption in captions_of(captioner, files, options.batch_size, search):
         if isinstance(caption, Exception):
             print(f"caption: {caption}", file=sys.stderr)
@@ -211,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     keep_memory()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text go out as they came in
+        # names of files that are no text go out as they came in, and Windows writes all others, too
+        sys.stdout.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="surrogateescape")
     try:
         code = run(parser().parse_args(arguments))
         sys.stdout.flush()

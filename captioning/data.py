@@ -348,15 +348,15 @@ def load_batches(
         collate_fn=Collate(captions_per_image),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_the_loop,
+        worker_init_fn=leave_signals_to_the_main_process,
     )
     return iter(loader)
 
 
-def _leave_signals_to_the_loop(worker: int) -> None:
-    """Ctrl-C, `timeout` and job queues send their signals to workers too, whose end would be an error in the loop.
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C, `timeout` and job queues signal workers too, whose end would be an error where they are read.
 
-    The loop saves where it stands, and ends its workers itself; without it they end by themselves.
+    The main process saves where it stands, and ends its workers itself; without it they end by themselves.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -29,9 +29,8 @@ def fresh_file(path: Path) -> Iterator[Path]:
 
 def to_disk(path: Path) -> None:
     """Return when what was written to a file is on the disk, and a power cut cannot take it back."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with path.open("rb+") as file:  # Windows wants to be able to write
+        os.fsync(file.fileno())
 
 
 def hold(path: Path) -> TextIO:

@@ -12,7 +12,7 @@ from captioning.config import one_line
 from captioning.model_config import Fit, Resample
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
+"""Larger images are refused before they are decoded: 100 megapixels are 300 MB of RGB, and of 16 bits twice that."""
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -72,11 +72,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if turn is not None:  # ImageOps.exif_transpose also rewrites the EXIF block, and fails on a damaged one
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=65535.0, neginf=0.0)
+        grey = np.nan_to_num(np.array(image, dtype=np.float32), copy=False, posinf=65535.0, neginf=0.0)
         top = 65535.0 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 255.0
         if image.mode == "F" and grey.max(initial=0) <= 1:
             top = 1.0
-        image = Image.fromarray(np.clip(grey * (255.0 / top), 0, 255).astype(np.uint8))
+        grey *= 255.0 / top
+        image = Image.fromarray(np.rint(np.clip(grey, 0, 255, out=grey), out=grey).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

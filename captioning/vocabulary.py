@@ -87,5 +87,5 @@ class Vocabulary:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(values["words"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: not a vocabulary: {error}") from error

@@ -279,7 +279,9 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument(
         "--mirror", action="store_true", help="store those of the mirrored images, too, for --augment flip"
     )
-    scales = "store those of the images at these further sides, too (default: the checkpoint's, or none)"
+    scales = (
+        "store those at these further sides, too (default: the checkpoint's, unless --image-size is given; or none)"
+    )
     group.add_argument("--scales", type=int, nargs="*", default=own, help=scales)
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     return parser

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captioning.api import check_device
 from captioning.config import EncoderConfig, Precision, one_line
+from captioning.data import leave_signals_to_the_main_process
 from captioning.files import short_name
 from captioning.images import read_image, to_array, to_square
 from captioning.model_config import Fit, Resample
@@ -77,7 +78,13 @@ def decode(pictures: Pictures, batches: Sequence[range], *, workers: int) -> Ite
             yield from (pictures.collect(batch, pool.map) for batch in batches)
         return
     loader = DataLoader(
-        pictures, sampler=batches, batch_size=None, collate_fn=_unchanged, num_workers=workers, prefetch_factor=4
+        pictures,
+        sampler=batches,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=4,
+        worker_init_fn=leave_signals_to_the_main_process,
     )
     yield from loader
 

@@ -32,7 +32,7 @@ from captioning.data import (
     WORDS,
     annotations_name,
 )
-from captioning.files import fresh_file, hold
+from captioning.files import fresh_file, hold, to_disk
 from captioning.model_config import all_views
 from captioning.vocabulary import Vocabulary
 from preprocess.sources import Record
@@ -211,8 +211,7 @@ def write_file(
         if network is not None:
             _write_network(file, network)
         _write_images(file, partial, network)
-    with open(path, "rb+") as whole:
-        os.fsync(whole.fileno())
+    to_disk(path)
 
 
 def _write_network(file: h5py.File, network: Network) -> None:

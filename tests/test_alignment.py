@@ -48,6 +48,17 @@ def test_the_gradient_of_additive_scores_is_the_derivative():
     )
 
 
+def test_the_scores_are_summed_up_without_autocast(monkeypatch):
+    # A GPU's autocast would take torch.mv in bf16, a CPU's does not: the result here could not tell.
+    module, query, a = (x.float() for x in example())
+    real, seen = torch.mv, []
+    monkeypatch.setattr(torch, "mv", lambda *x: (seen.append(torch.is_autocast_enabled("cpu")), real(*x))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        module(query, module.keys(a))
+    assert seen
+    assert not any(seen)
+
+
 def test_bf16_matrix_products_leave_the_scores_in_fp32():
     module, query, a = (x.float() for x in example())
     with torch.autocast("cpu", torch.bfloat16):

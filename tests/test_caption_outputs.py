@@ -110,6 +110,27 @@ def test_two_photos_of_one_name_give_two_overlays(call_caption, photos, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
 
 
+def test_an_overlay_never_takes_the_place_of_a_photo(call_caption, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "own")
+    (folder / "A-2.PNG").write_bytes(b"somebody's")  # another name for a-2.png where case does not count
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for _ in range(2):
+        code, _, err = call_caption(folder / "a.png", folder / "c.jpg", "--overlay", folder, "--max-length", 3)
+        assert code == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert [line.rsplit("/", 1)[1] for line in err] == ["a-4.png", "c-2.png"]
+    assert sorted(path.name for path in folder.glob("*-*.png")) == ["a-3.png", "a-4.png", "c-2.png"]
+    code, _, err = call_caption(folder / "a.png", "--json", folder / "a.png")
+    assert (code, (folder / "a.png").read_bytes()) == (2, before[folder / "a.png"])
+    assert err == [f"caption: --json {folder / 'a.png'}: is a photo to be captioned; give another file to write"]
+
+
+def test_overlays_in_a_folder_of_their_own_replace_older_ones(call_caption, photos, tmp_path):
+    for _ in range(2):
+        call_caption(photos / "a.png", "--overlay", tmp_path / "o", "--max-length", 3)
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["a.png"]
+
+
 def test_a_caption_without_words_has_no_overlay_and_is_no_error(call_caption, photos, tmp_path, tiny_checkpoint):
     silent = load_checkpoint(tiny_checkpoint)
     with torch.no_grad():

@@ -108,6 +108,61 @@ def test_pixels_are_normalised_as_torchvisions_weights_want_them():
     assert tuple(theirs.std) == IMAGENET_STD
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"), [("vgg16", "IMAGENET1K_FEATURES"), ("efficientnet_v2_l", "IMAGENET1K_V1")]
+)
+def test_weights_that_want_other_pixels_are_refused_before_they_are_fetched(name, weights):
+    with pytest.raises(
+        ValueError, match=rf"encoder.weights='{weights}': they want pixels normalised by mean"
+    ) as caught:
+        read_weights(name, weights)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_googles_networks_get_the_pixels_that_their_weights_want(name, tmp_path):
+    # Those were trained on pixels from -1 to 1, and torchvision's networks make these of ImageNet's statistics.
+    torch.manual_seed(0)
+    whole = get_model(name, weights=None, transform_input=True, init_weights=True).eval()
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")  # with the classifiers at its side, as torchvision's file
+    config = EncoderConfig(name=name, weights=str(tmp_path / "whole.pth"), image_size=96)
+    encoder, _ = build_encoder(config)
+    seen = []
+    first = "conv1" if name == "googlenet" else "Conv2d_1a_3x3"
+    for network in (encoder.network, whole):
+        network.get_submodule(first).conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pictures = images(size=96)
+    with torch.no_grad():
+        encoder(pictures)
+        whole((pictures / 255 - encoder.mean) / encoder.std)
+    torch.testing.assert_close(seen[0], seen[1])
+    torch.testing.assert_close(seen[0], pictures / 127.5 - 1, rtol=0, atol=1e-5)
+
+
+def test_a_stage_before_the_first_that_is_trained_stays_as_it_was():
+    encoder, _ = build_encoder(small(train_from="layer1", batch_norm="train"))
+    statistics = {name: x.clone() for name, x in encoder.network.state_dict().items() if "running" in name}
+    encoder.train()(images())
+    moved = {name for name, x in encoder.network.state_dict().items() if not torch.equal(statistics.get(name, x), x)}
+    assert moved
+    assert all(name.startswith("layer1.") for name in moved)
+
+
+def test_a_picture_without_a_map_is_refused():
+    with pytest.raises(
+        ValueError, match=r"efficientnet_b0 has no feature map larger than 1x1 at encoder\.image_size=2"
+    ):
+        find_layer(EncoderConfig(name="efficientnet_b0", image_size=2))
+
+
+@pytest.mark.parametrize("content", [b"error code: 1015", b"hello", b"<html></html>", b"\x80\x02", b"", b"c", b"J\x00"])
+def test_whatever_came_in_place_of_a_weights_file_is_named(content, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pth: not a state dict") as caught:
+        read_weights("resnet18", str(tmp_path / "w.pth"))
+    assert "\n" not in str(caught.value)
+
+
 def test_annotation_vectors_are_the_feature_map_row_by_row():
     encoder, config = build_encoder(small())
     network = get_model("resnet18", weights=None).eval()

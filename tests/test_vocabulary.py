@@ -90,6 +90,7 @@ def test_a_wrong_list_of_words_is_refused(words, named):
         json.dumps({"words": [*SPECIAL, 3]}),
         json.dumps({"words": ["a"]}),
         json.dumps({"words": None}),
+        "[" * 100_000,
     ],
 )
 def test_a_malformed_file_is_named(content, tmp_path):

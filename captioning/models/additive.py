@@ -20,7 +20,7 @@ BLOCK = 2**19
 def exp2x(x: Tensor) -> Tensor:
     """exp(2x), never in bf16. x is cut at 30, so that gradients stay finite.
 
-    What tanh(x + y) becomes by that is wrong only if |x| and |y| are both above 30 and nearly cancel.
+    What tanh(x + y) becomes by that is wrong only where one of them is beyond 30 and the other takes most of it back.
     """
     return torch.exp(2 * x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-30, 30))
 
@@ -63,9 +63,10 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(query, keys, v)
         scores = keys.new_empty(*query.shape[:2], keys.shape[1])
-        for images, rows in _blocks(query, keys):
-            u = _u(query[images, rows], keys[images])
-            scores[images, rows] = torch.mv(u.flatten(0, -2), v).view(u.shape[:-1])
+        with torch.autocast(keys.device.type, enabled=False):  # on GPUs it would make the sums in bf16
+            for images, rows in _blocks(query, keys):
+                u = _u(query[images, rows], keys[images])
+                scores[images, rows] = torch.mv(u.flatten(0, -2), v).view(u.shape[:-1])
         return scores.mul_(-2).add_(v.sum())
 
     @staticmethod

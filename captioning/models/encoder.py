@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pickle
+import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,12 +109,14 @@ class Encoder(nn.Module):
             parameter.requires_grad_(i >= first)
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Training mode; a frozen network and frozen batch norms stay in evaluation mode."""
+        """Training mode; a frozen network, its frozen stages and frozen batch norms stay in evaluation mode."""
         super().train(mode and not self.frozen)
-        if self.batch_norm == "frozen":
-            for module in self.network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        for module in self.network.modules():
+            own = list(module.parameters())
+            if own and not any(p.requires_grad for p in own):  # a stage before the first that is trained
+                module.eval()
+            if self.batch_norm == "frozen" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     def forward(self, images: UInt8[Tensor, "N 3 S S"]) -> Float[Tensor, "N L D"]:
@@ -176,7 +179,11 @@ def _grids(config: EncoderConfig, node: SpatialNode) -> dict[int, tuple[int, int
 def _network(name: str) -> nn.Module:
     if name not in list_models(module=torchvision.models):
         raise ValueError(f"encoder.name={name!r} is no torchvision classification model; e.g. vgg19, resnet50")
-    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+    options: dict[str, bool] = {}
+    if name in ("googlenet", "inception_v3"):  # their weights want other statistics, which they make of ImageNet's
+        options = {"transform_input": True, "init_weights": True}
+    if name == "googlenet":
+        options["aux_logits"] = False
     with warnings.catch_warnings():
         for kind in (UserWarning, FutureWarning):
             warnings.simplefilter("ignore", kind)
@@ -228,6 +235,8 @@ def find_layer(config: EncoderConfig) -> SpatialNode:
         ValueError: there is no such layer or grid; names those there are.
     """
     nodes = spatial_nodes(config.name, config.image_size)
+    if not nodes:
+        raise ValueError(f"{config.name} has no feature map larger than 1x1 at encoder.image_size={config.image_size}")
     table = ENCODERS.get(config.name, {})
     layer = config.layer
     if layer is None and table:
@@ -253,6 +262,12 @@ def _listing(nodes: tuple[SpatialNode, ...]) -> str:
     return ", ".join(f"{stage} ({node.height}x{node.width}x{node.channels})" for stage, node in stages.items())
 
 
+_BROKEN = (
+    *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError),
+    *(LookupError, ValueError, AttributeError, struct.error),  # of bytes that look like a pickle's, and are not
+)
+
+
 def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     """A classification network's state dict, from a file or from torchvision.
 
@@ -267,15 +282,21 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
             raise FileNotFoundError(f"encoder.weights={weights}: no such file")
         try:
             return safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _tensors(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+        except _BROKEN as error:
             raise ValueError(f"encoder.weights={weights}: not a state dict: {one_line(error)[:200]}") from error
     enum = get_model_weights(name)
     if weights not in enum.__members__:
         allowed = ", ".join(enum.__members__)
         raise ValueError(f"encoder.weights={weights!r}: allowed: {allowed}, null, a .pth or .safetensors file")
+    statistics = enum[weights].transforms()
+    if (tuple(statistics.mean), tuple(statistics.std)) != (IMAGENET_MEAN, IMAGENET_STD):
+        raise ValueError(
+            f"encoder.weights={weights!r}: they want pixels normalised by mean {statistics.mean} and deviation "
+            f"{statistics.std}; allowed are those of {IMAGENET_MEAN} and {IMAGENET_STD}"
+        )
     try:
         return enum[weights].get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError) as error:
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: what came is another file
         raise ConnectionError(
             f"encoder.weights={weights}: torchvision could not download {enum[weights].url} ({error}); "
             "fetch that file on a machine with a network and pass its path, or use --encoder.weights null"
@@ -289,8 +310,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+"""Classifiers at the side of GoogLeNet and Inception, which only their own training needs."""
+
+
 def _load(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    own = network.state_dict()
+    wanted = {name: x for name, x in state.items() if name in own or not name.startswith(_AUXILIARY)}
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(wanted)
     except RuntimeError as error:
         raise ValueError(f"encoder.weights={where}: does not fit the network: {one_line(error)[:300]}") from error
