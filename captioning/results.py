@@ -164,6 +164,7 @@ def _token_lines(path: str | Path, text: str) -> dict[str, list[str]]:
         name, tab, caption = line.partition("\t")
         name, sharp, _ = name.rpartition("#")
         if not tab or not sharp:
-            raise ValueError(f"{path}: line {number} must read name.jpg#0<TAB>caption (or the file be JSON)")
+            others = "or the file be JSON, or one of preprocess, .h5"
+            raise ValueError(f"{path}: line {number} must read name.jpg#0<TAB>caption ({others})")
         references.setdefault(name, []).append(caption.strip())
     return references

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.config import EncoderConfig, Precision, given, one_line
+from captioning.data import SPLITS
 from captioning.files import make_place, short_name
 from captioning.memory import keep_memory
 from captioning.precision import slow_choice
+from captioning.vocabulary import SPECIAL
 from preprocess import sources
 from preprocess.build import BuildSettings, Summary, build, report_path
 from preprocess.encode import torch_device
@@ -60,7 +62,11 @@ def _run(options: argparse.Namespace) -> Summary:
     for path in _paths(options, "images"):
         if not path.is_dir():
             raise FileNotFoundError(f"--images {path}: no such folder")
-    records = options.read(options)[: options.limit]
+    every = options.read(options)
+    records = every[: options.limit]
+    lost = [split for split in SPLITS if _has(every, split) and not _has(records, split)]
+    if lost:
+        print(f"preprocess: --limit {options.limit} leaves no images of the split {', '.join(lost)}", file=sys.stderr)
     make_place(options.output, "--output")
     companions = {}
     if options.source == "shapes":
@@ -82,6 +88,10 @@ def _run(options: argparse.Namespace) -> Summary:
         companions=companions,
         vocabulary=vocabulary,
     )
+
+
+def _has(records: Sequence[Record], split: str) -> bool:
+    return any(record.split == split for record in records)
 
 
 def _settings(options: argparse.Namespace, trained: EncoderConfig | None) -> BuildSettings:
@@ -141,7 +151,8 @@ def _report(summary: Summary, output: Path) -> str:
         missing += f" (see {report_path(output)})"
     return (
         f"{output}: {sum(summary.images.values())} images ({images}), {summary.captions} captions, "
-        f"vocabulary {summary.words}, {missing}, {output.stat().st_size / 2**20:.1f} MiB, "
+        f"vocabulary {summary.words} with {len(SPECIAL)} special ones, {missing}, "
+        f"{output.stat().st_size / 2**20:.1f} MiB, "
         f"{summary.read} read in {summary.seconds:.0f} s ({summary.read / summary.seconds:.0f} images/s)"
     )
 
@@ -166,7 +177,8 @@ def _add_flickr(commands: Any) -> None:
         command = commands.add_parser(name, parents=[_common()], help=f"{name}'s caption file, photos and splits")
         command.add_argument("--captions", type=Path, required=True, help="token file, results.csv or captions.txt")
         command.add_argument("--images", type=Path, required=True, help="folder of the photos")
-        command.add_argument("--splits", type=Path, required=True, help="folder of split lists, or a Karpathy JSON")
+        lists = "folder of split lists, or dataset_X.json of Karpathy, as where the packing (Kaggle's) brings no lists"
+        command.add_argument("--splits", type=Path, required=True, help=lists)
         command.set_defaults(read=lambda o: sources.flickr(o.captions, o.images, o.splits))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -146,6 +147,7 @@ def build(
         dtype=np.float16 if annotator else np.uint8,
         restart=overwrite,
     )
+    _check_room(partial, len(records), output)
     before, began = partial.kept, time.monotonic()
     for _ in _read_images(partial, records, settings, annotator, workers):
         limit.check([*dropped, *_broken(partial, records)])
@@ -171,6 +173,23 @@ def build(
     partial.remove()
     images = {split: sum(record.split == split for record in records) for split in SPLITS}
     return Summary(images, len(captions.raw), len(vocabulary), dropped, read, seconds)
+
+
+def _check_room(partial: Partial, images: int, output: Path) -> None:
+    """Whether the disk has room for the images twice: as they come, and in the file that is made of them.
+
+    Raises:
+        ValueError: it has not; nothing was read yet.
+    """
+    needed = (2 * images - partial.kept) * partial.image_bytes
+    free = shutil.disk_usage(partial.folder).free
+    if needed > free:
+        if not partial.kept:
+            partial.remove()
+        raise ValueError(
+            f"--output {output}: {images} images of {partial.image_bytes / 1e6:.2f} MB take {needed / 1e9:.1f} GB "
+            f"while the file is made, and half of it then; {free / 1e9:.1f} GB are free there"
+        )
 
 
 class _Limit:

@@ -18,6 +18,9 @@ _SPLIT_FILE = re.compile(r"(?<![a-z])(train|dev|val|test)", re.IGNORECASE)
 _TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")
 _RESULTS_LINE = re.compile(r"(.+?)\|\s*\d+\s*\|?(.*)")  # the published Flickr30k file lacks one of its second bars
 _FIELDS = ("image", "caption", "split")
+_WITH_COMMAS = ("image,caption", "image_name,comment_number,comment")
+_WITH_BARS = "image_name|comment_number|comment"
+_THEIR_NAMES = {"image_name": "image", "comment_number": "", "comment": "caption"}
 
 
 def inside(name: str, where: str) -> str:
@@ -33,18 +36,19 @@ def inside(name: str, where: str) -> str:
 
 
 def flickr_captions(file: Path) -> Iterator[tuple[str, str, str]]:
-    """(file:line, image, caption) of `name#k<TAB>caption`, `name| k| caption` or `image,caption`: the start says which.
+    """(file:line, image, caption) of `name#k<TAB>caption`, `name| k| caption` or `image,caption` (also with a number
+    between them): the start says which.
 
     Raises:
         ValueError, FileNotFoundError: naming file and line.
     """
     lines = _read_text(file).split("\n")
-    header = lines[0].strip().lower()
-    if header == "image,caption":
+    header = lines[0].strip().lower().replace(" ", "")
+    if header in _WITH_COMMAS:
         for where, row in _csv_rows(file, strict=False):
             yield where, inside(row["image"], where), row["caption"]
         return
-    titled = header.startswith("image_name|")
+    titled = header == _WITH_BARS
     bars = titled or (_RESULTS_LINE.match(lines[0]) is not None and _TOKEN_LINE.match(lines[0]) is None)
     pattern, expected = (_RESULTS_LINE, "name| k| caption") if bars else (_TOKEN_LINE, "name#k<TAB>caption")
     for number, line in enumerate(lines, start=1):
@@ -53,7 +57,8 @@ def flickr_captions(file: Path) -> Iterator[tuple[str, str, str]]:
         if match is not None and not (titled and number == 1):
             yield where, inside(match[1].strip(), where), match[2]
         elif line.strip() and not (titled and number == 1):
-            raise ValueError(f"{where}: expected {expected!r}, found {line[:60]!r}")
+            others = "" if number > 1 else f"; or a first line of {' or '.join(map(repr, [*_WITH_COMMAS, _WITH_BARS]))}"
+            raise ValueError(f"{where}: expected {expected!r}{others}, found {line[:60]!r}")
 
 
 def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -205,7 +210,9 @@ def _csv_rows(file: Path, *, strict: bool) -> Iterator[tuple[str, dict[str, Any]
     reader = csv.reader(io.StringIO(_read_text(file)), strict=strict)
     try:
         header = [name.strip() for name in next(reader, [])]
-        _check_names(header, f"{file}:1: the header")
+        if not strict:
+            header = [_THEIR_NAMES.get(name.lower(), name.lower()) for name in header]
+        _check_names([name for name in header if name], f"{file}:1: the header")
         for values in reader:
             where = f"{file}:{reader.line_num}"
             if not strict:
@@ -222,6 +229,8 @@ def _csv_rows(file: Path, *, strict: bool) -> Iterator[tuple[str, dict[str, Any]
 
 def _check_names(names: list[str], where: str) -> None:
     """Exactly image, caption and perhaps split."""
+    if len(names) == 1 and re.search("[;\t]", names[0]):
+        raise ValueError(f"{where} is {names[0]!r}: fields must be separated by commas")
     for name in _FIELDS[:2]:
         if name not in names:
             raise ValueError(f"{where} has no {name!r}; the fields are image, caption and, if wanted, split")

@@ -64,7 +64,7 @@ def flickr(captions: Path, images: Path, splits: Path) -> list[Record]:
 
     Args:
         captions: the official token file (`name#k<TAB>caption`), Flickr30k's `results.csv` (`name| k| caption`) or
-            Kaggle's `captions.txt` (CSV with the header `image,caption`).
+            Kaggle's `captions.txt` (CSV with the header `image,caption` or `image_name,comment_number,comment`).
         images: folder of the photos.
         splits: folder of split lists, or a Karpathy JSON; see `read_splits`.
 
@@ -161,12 +161,13 @@ def folder(
         split = text(row, "split", where) if row.get("split") not in (None, "") else None
         _check_split(split_of, name, split, where)
         split_of[name] = split
-        captions_of.setdefault(name, []).append(text(row, "caption", where))
+        blank = isinstance(row.get("caption"), str) and not one_line(row["caption"])
+        captions_of.setdefault(name, []).append("" if blank else text(row, "caption", where))
     drawn = _draw_splits(len(captions_of), val_fraction, test_fraction, seed)
     records = []
     for (name, lines), split in zip(captions_of.items(), drawn, strict=True):
         records += _record(name, split_of[name] or split, lines, images / name)
-    return _checked(records, f"{captions}: has no rows")
+    return _checked(records, f"{captions}: has no captions")
 
 
 def shapes(count: int, *, seed: int = 0) -> list[Record]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -67,6 +68,23 @@ def test_one_image_is_one_chunk(tmp_path):
     with h5py.File(tmp_path / "a.h5") as file:
         assert file[ANNOTATIONS].chunks == (1, 4, 512)
         assert file[ANNOTATIONS].dtype == np.float16
+
+
+def test_a_disk_without_room_is_noticed_before_a_photo_is_read(tmp_path, capsys, monkeypatch):
+    root, output = photos(tmp_path / "in", 3), tmp_path / "d.h5"
+    size = 32 * 32 * 3
+    monkeypatch.setattr("preprocess.build.shutil.disk_usage", lambda _: SimpleNamespace(free=6 * size - 1))
+    assert main(command(root, output)) == 2
+    assert f"--output {output}: 3 images of 0.00 MB take 0.0 GB while the file is made" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    monkeypatch.setattr("preprocess.build.shutil.disk_usage", lambda _: SimpleNamespace(free=6 * size))
+    assert main(command(root, output)) == 0
+
+
+def test_a_limit_that_leaves_no_image_of_a_split_says_so(tmp_path, capsys):
+    root = photos(tmp_path / "in", 5)  # the first is val
+    assert main(command(root, tmp_path / "d.h5", "--limit", "1")) == 0
+    assert capsys.readouterr().err == "preprocess: --limit 1 leaves no images of the split train\n"
 
 
 def test_negative_workers_are_refused(tmp_path, capsys):

@@ -190,13 +190,15 @@ def test_absent_splits_are_drawn_by_image_and_by_seed(tmp_path):
         ("image,caption,spilt\na.png,x,val\n", r"c\.csv:1: the header has 'spilt' too many"),
         ("image,caption\na.png,x\nb.png\n", r"c\.csv:3: 1 fields for image,caption"),
         ("image,caption\na.png,x,y\n", r"c\.csv:2: 3 fields"),
-        ("image,caption\na.png, \n", r"c\.csv:2: caption=' ' is not a text"),
+        ("image,caption\na.png, \n", r"c\.csv: has no captions"),
+        ("image;caption\na.png;x\n", r"c\.csv:1: the header is 'image;caption': fields must be separated by commas"),
+        ("image\tcaption\na.png\tx\n", r"c\.csv:1: the header is .* fields must be separated by commas"),
         ("image,caption\n,x\n", r"c\.csv:2: image='' is not a text"),
         ('image,caption\na.png,"x\n', r"c\.csv:2: unexpected end of data"),
         ("image,caption,split\na.png,x,holdout\n", r"c\.csv:2: split='holdout' is not one of train, val, test"),
         ("image,caption,split\na.png,x,val\nb.png,x,\n", r"c\.csv:3: split must stand in every row or in none"),
         ("image,caption,split\na.png,x,val\na.png,y,test\n", r"c\.csv:3: split='test', but an earlier row .* 'val'"),
-        ("image,caption\n", r"c\.csv: has no rows"),
+        ("image,caption\n", r"c\.csv: has no captions"),
         ("", r"c\.csv:1: the header has no 'image'"),
     ],
 )
@@ -273,6 +275,27 @@ def test_cocos_validation_file_gives_its_five_thousand_images(shared):
     assert {record.split for record in records} == {"val"}
     assert (len(records), sum(len(record.captions) for record in records)) == (5000, 25014)
     assert sum(record.image.is_file() for record in records) == 300
+
+
+def test_a_number_may_stand_between_image_and_caption(tmp_path):
+    content = "image_name,comment_number,comment\na.jpg,0,A cat, a dog .\na.jpg,1,Two .\n"
+    captions = write(tmp_path / "captions.txt", content)
+    (record,) = flickr(captions, tmp_path, lists(tmp_path, train="a.jpg"))
+    assert record.captions == ("A cat, a dog .", "Two .")
+
+
+def test_a_caption_file_of_no_known_layout_is_told_all_layouts(tmp_path):
+    captions = write(tmp_path / "captions.csv", "raw,sentids,split,filename,img_id\n")
+    with pytest.raises(
+        ValueError, match=r"captions\.csv:1: expected 'name#k<TAB>caption'; or a first line of 'image,capt"
+    ):
+        flickr(captions, tmp_path, lists(tmp_path, train="a.jpg"))
+
+
+def test_a_row_without_a_caption_says_nothing(tmp_path):
+    rows = "image,caption,split\na.png,A cat,train\na.png, ,train\nb.png,,train\n"
+    (record,) = folder(write(tmp_path / "c.csv", rows), tmp_path)
+    assert (record.name, record.captions) == ("a.png", ("A cat",))
 
 
 def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
