@@ -147,7 +147,8 @@ def _drawn(config: SearchConfig, generator: torch.Generator | None) -> Callable[
 
     def choose(log_p: Float[Tensor, "R V"]) -> Integer[Tensor, " R"]:
         p = nucleus((log_p / config.temperature).softmax(dim=-1), top_k=config.top_k, top_p=config.top_p)
-        below = p.double().cumsum(dim=-1)  # torch.multinomial draws a random number per word, which takes longer than p
+        exact = torch.float32 if p.device.type == "mps" else torch.float64  # which Apple's devices do not know
+        below = p.to(exact).cumsum(dim=-1)  # torch.multinomial draws a random number per word: that takes longer than p
         u = torch.rand(len(p), 1, dtype=below.dtype, device=p.device, generator=generator) * below[:, -1:]
         return torch.searchsorted(below, u, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
 

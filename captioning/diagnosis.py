@@ -290,7 +290,7 @@ def attention_gradients(
             with torch.no_grad():
                 a = model.encoder(images) if images.dim() == 4 else images
             gradients = torch.autograd.grad(loss(a, batch.words.to(device)), parameters, materialize_grads=True)
-            found.append(torch.cat([g.flatten() for g in gradients]))
+            found.append(torch.cat([g.flatten() for g in gradients]).cpu())  # some devices know no float64
     return torch.stack(found)
 
 

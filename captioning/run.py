@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +123,6 @@ class Run:
 
 def start(settings: Settings) -> Run:
     """Everything up to the first step; with `resume`, everything as it was."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     output = Path(settings.output)
     for name in ("last", "best"):
         recover_folder(output / name)
@@ -132,10 +131,14 @@ def start(settings: Settings) -> Run:
         raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
     data = CaptionData(settings.data)
     settings, accelerator = start_accelerator(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)  # the accelerator may have set them, too
     torch.manual_seed(settings.seed)
     last = left_last(settings, state, data)
     model, encoder = start_model(settings, data, last)
     baseline = start_baseline(settings)
+    if baseline is not None:
+        baseline.to(accelerator.device)  # before the optimiser's state is loaded, which goes where the weights are
     whole = "crop" not in settings.augment
     teachers = load_teachers(settings.distillation.teachers, data, encoder, whole=whole, device=accelerator.device)
     optimizer = build_optimizer(model, settings.optimizer, baseline)
@@ -149,9 +152,8 @@ def start(settings: Settings) -> Run:
             baseline.load_state_dict(state.group("baseline"))
         progress = Progress(**state.progress["progress"])
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    for part in (average, baseline):
-        if part is not None:
-            part.to(accelerator.device)
+    if average is not None:
+        average.to(accelerator.device)
     writer, lock = open_output(settings, progress) if accelerator.is_main_process else (None, None)
     unlimited = dataclasses.replace(settings, max_steps=0)
     steps = [len(plan(unlimited, data, epoch=epoch)) for epoch in (0, settings.epochs - 1)]
@@ -174,6 +176,8 @@ def start_accelerator(settings: Settings) -> tuple[Settings, Accelerator]:
     AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
     # torchrun's processes find each other on CPUs only when told
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.backends.mps.is_available():
+        on_cpu = True  # an Apple GPU takes one process
     precision = number_format(settings.precision, PartialState(cpu=on_cpu).device.type)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",

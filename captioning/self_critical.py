@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioning.config import SearchConfig, SelfCriticalConfig
 from captioning.data import Batch
@@ -65,7 +65,9 @@ def self_critical_sampled(run: Run, batch: Batch) -> Objective:
     config, device = run.settings.self_critical, run.accelerator.device
     generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,))))  # the step has seeded torch
     rollout = Rollout(run.model, batch, config, generator)
-    run.model.regions.train(config.dropout)
+    for part in run.model.regions.modules():  # no more than dropout: cuDNN's LSTM has no way back in evaluation mode
+        if isinstance(part, nn.Dropout):
+            part.train(config.dropout)
     with run.accelerator.autocast():
         output: Output = run.wrapped(batch.images, rollout)
     run.model.train()

@@ -136,6 +136,7 @@ def save_and_stop_if_asked(run: Run, stop: dict[str, bool]) -> None:
     if stopping or (save_every and progress.step % save_every == 0):
         save_last(run)
     if stopping:
+        run.accelerator.wait_for_everyone()  # torchrun ends all processes when the first one does
         raise Interrupted(f"stopped at step {progress.step}; go on with the same command and --resume true")
 
 
@@ -174,11 +175,21 @@ def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:
     run.optimizer.zero_grad(set_to_none=True)
     if run.average is not None:
         run.average.update_parameters(run.model)
-    values = objective.numbers()
+    values, words = over_processes(run, objective.numbers(), objective.words)
     if step % 10 == 0:
         for name, value in {**values, "gradient_norm": float(norm), "learning_rate_factor": factor}.items():
             curve(run, f"train/{name}", value)
-    return values, objective.words
+    return values, words
+
+
+def over_processes(run: Run, values: dict[str, float], words: int) -> tuple[dict[str, float], int]:
+    """What a step reports, of all processes: each divides its own sums by the mean count, so the mean of all is meant."""
+    count = run.accelerator.num_processes
+    if count == 1:
+        return values, words
+    own = torch.tensor([*values.values(), float(words)], device=run.accelerator.device)
+    *means, total = run.accelerator.reduce(own, "mean").tolist()
+    return dict(zip(values, means, strict=True)), round(total * count)
 
 
 def average_gradients(run: Run) -> None:
@@ -295,20 +306,25 @@ def asked_to_stop(run: Run, stop: dict[str, bool]) -> bool:
     """Whether any process got a signal; all of them then stop at the same step."""
     if run.accelerator.num_processes > 1:
         flag: Tensor = torch.tensor(float(stop["now"]), device=run.accelerator.device)
-        stop["now"] = bool(run.accelerator.reduce(flag).item())
+        return bool(run.accelerator.reduce(flag).item())
     return stop["now"]
 
 
 @contextmanager
 def _stop_signals() -> Iterator[dict[str, bool]]:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
-    stop = {"now": False}
+    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once.
+
+    But for one that comes with the first: job queues signal torchrun and its processes, and torchrun tells them again.
+    """
+    stop, first = {"now": False}, 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: Any) -> None:
-        if stop["now"]:
+        nonlocal first
+        if stop["now"] and time.monotonic() > first + 1:
             raise KeyboardInterrupt
-        stop["now"] = True
+        if not stop["now"]:
+            stop["now"], first = True, time.monotonic()
 
     for number in before:
         signal.signal(number, ask)

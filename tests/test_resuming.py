@@ -77,6 +77,20 @@ def test_a_signal_to_the_whole_group_of_processes_saves_the_run(tiny_data, tmp_p
     assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] > 160
 
 
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_stops_at_once(monkeypatch):
+    # A job queue signals torchrun and each of its processes, and torchrun passes its own on to them.
+    now = [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    with training._stop_signals() as stop:
+        for seconds in (0.0, 0.1):
+            now[0] += seconds
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop["now"]
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_the_curves_of_a_resumed_run_keep_what_the_last_epoch_ended_with(tiny_data, tmp_path, monkeypatch):
     settings, real_step = tiny_settings(tiny_data, tmp_path / "run"), training.train_step
 

@@ -313,6 +313,30 @@ def test_the_command_that_is_interrupted_before_its_first_step_says_so_in_one_li
     assert capsys.readouterr().err == "train: interrupted\n"
 
 
+def test_what_is_said_of_a_step_is_of_all_processes(tiny_data, tmp_path):
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    assert training.over_processes(run, {"nll": 2.0}, 7) == ({"nll": 2.0}, 7)
+    # 30 words with a mean NLL of 2 here and 10 words with one of 4 there: each sum over the mean count, 20
+    here, there = {"nll": 30 * 2 / 20, "penalty": 0.5}, torch.tensor([10 * 4 / 20, 1.5, 10.0])
+    together = {"num_processes": 2, "device": "cpu", "reduce": lambda x, how: (x + there) / 2}
+    run.accelerator = cast(Any, SimpleNamespace(**together))
+    values, words = training.over_processes(run, here, 30)
+    assert values == pytest.approx({"nll": (30 * 2 + 10 * 4) / 40, "penalty": 1.0})
+    assert words == 40
+
+
+def test_a_process_that_is_asked_to_stop_while_it_asks_the_others_does_not_forget_it(tiny_data, tmp_path):
+    run, stop = start(tiny_settings(tiny_data, tmp_path / "run")), {"now": False}
+
+    def reduce(flag):
+        stop["now"] = True  # the signal comes now
+        return flag
+
+    run.accelerator = cast(Any, SimpleNamespace(num_processes=2, device="cpu", reduce=reduce))
+    assert not training.asked_to_stop(run, stop)  # all processes have the same answer
+    assert stop["now"]  # and will have another after the next step
+
+
 def test_the_best_checkpoint_is_that_of_the_highest_cider(tiny_data, tmp_path, monkeypatch):
     ciders = iter((0.1, 0.9, 0.5))
 

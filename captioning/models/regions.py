@@ -110,6 +110,9 @@ class RegionLSTM(RegionEncoder):
                     bias[dim : 2 * dim] = 1.0  # an open forget gate, as in the decoders
 
     def forward(self, a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L E"]:
+        if a.is_cuda and torch.is_autocast_enabled("cuda"):  # it would take fp16, where small gradients vanish
+            with torch.autocast("cuda", enabled=False):
+                return self.lstm(a.float())[0]
         return self.lstm(a)[0]
 
 
