@@ -38,7 +38,7 @@ from captioning.reward_baselines import Baseline
 from captioning.vocabulary import PAD
 
 BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
-PAPER, CHOSEN = "sentence, moving average (the paper's)", "to-go, leave-one-out, K = 5"
+PAPER, CHOSEN = "sentence, moving average (eq. 12)", "to-go, leave-one-out, K = 5"
 ESTIMATORS = {
     "sentence, no baseline": dataclasses.replace(BASE, reward="sentence", baseline="none"),
     PAPER: dataclasses.replace(BASE, reward="sentence"),
@@ -50,7 +50,9 @@ ESTIMATORS = {
     "sentence, leave-one-out, K = 5": dataclasses.replace(BASE, reward="sentence", baseline="leave_one_out", samples=5),
     CHOSEN: dataclasses.replace(BASE, baseline="leave_one_out", samples=5),
     "Gumbel straight-through": dataclasses.replace(BASE, baseline="none", relaxation="gumbel_straight_through"),
-    "the paper's, mean context in half": dataclasses.replace(BASE, reward="sentence", expectation_probability=0.5),
+    "the paper's: eq. 12, mean context in half": dataclasses.replace(
+        BASE, reward="sentence", expectation_probability=0.5
+    ),
 }
 
 

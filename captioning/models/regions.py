@@ -5,6 +5,7 @@ attention and its overlays mean the same. The paper has none.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -89,6 +90,16 @@ class WithPositions(RegionEncoder):
         return self.inner(self.positions(a))
 
 
+class FullLSTM(nn.LSTM):
+    """torch's LSTM, in fp32 where a GPU's autocast would take fp16, in which small gradients vanish."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            with torch.autocast("cuda", enabled=False):
+                return super().forward(x.float(), state)
+        return super().forward(x, state)
+
+
 class RegionLSTM(RegionEncoder):
     """An LSTM reads the regions in raster order, row by row: h_i = LSTM(a_i, h_{i-1}); its states are the new vectors.
 
@@ -103,16 +114,13 @@ class RegionLSTM(RegionEncoder):
 
     def __init__(self, annotation_dim: int, *, dim: int, bidirectional: bool = False):
         super().__init__(dim * (2 if bidirectional else 1))
-        self.lstm = nn.LSTM(annotation_dim, dim, batch_first=True, bidirectional=bidirectional)
+        self.lstm = FullLSTM(annotation_dim, dim, batch_first=True, bidirectional=bidirectional)
         with torch.no_grad():
             for name, bias in self.lstm.named_parameters():
                 if name.startswith("bias_ih"):
                     bias[dim : 2 * dim] = 1.0  # an open forget gate, as in the decoders
 
     def forward(self, a: Float[Tensor, "N L D"]) -> Float[Tensor, "N L E"]:
-        if a.is_cuda and torch.is_autocast_enabled("cuda"):  # it would take fp16, where small gradients vanish
-            with torch.autocast("cuda", enabled=False):
-                return self.lstm(a.float())[0]
         return self.lstm(a)[0]
 
 
