@@ -3,11 +3,11 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# make NAME=value sets these; the environment does not: `clean` removes OUT
-IMAGE :=
-CHECKPOINT := flickr8k-soft
+IMAGE ?=
+CHECKPOINT ?= flickr8k-soft
+JOBS ?= 2
+# not the environment's: `clean` removes it
 OUT := demo
-JOBS := 2
 
 .PHONY: demo test lint types clean
 

@@ -97,7 +97,7 @@ def draws(path: Path, caption: Caption, options: argparse.Namespace, taken: set[
 def not_to_be_replaced(files: Sequence[Path], folder: Path) -> set[str]:
     """The names of all files in a folder if photos to be captioned lie there; else none. Case tells no names apart.
 
-    An overlay may replace an older overlay, and never a photo.
+    In a folder of overlays a new one replaces the old; beside the photos themselves it takes a name that is free.
     """
     photos_there = folder.resolve() in {path.parent.resolve() for path in files}
     return {path.name.casefold() for path in folder.iterdir()} if photos_there else set()
@@ -141,7 +141,11 @@ def parser() -> argparse.ArgumentParser:
     sides = "look at the photo at each of the sizes that the model learned from"
     parse.add_argument("--multi-scale", action=argparse.BooleanOptionalAction, default=own, help=sides)
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--overlay", metavar="DIR", help="draw each photo's per-word attention here")
+    parse.add_argument(
+        "--overlay",
+        metavar="DIR",
+        help="draw each photo's per-word attention here, over what has its name; among the photos, under free names",
+    )
     parse.add_argument(
         "--overlay-format",
         choices=[ending.removeprefix(".") for ending in OVERLAYS],

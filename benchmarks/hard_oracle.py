@@ -107,7 +107,7 @@ def estimate(
     """
     generator = None if seed is None else torch.Generator(oracle.a.device).manual_seed(seed)
     words = oracle.words.repeat_interleave(copies, dim=1)
-    total, _, terms = hard_loss(oracle.decoder, oracle.a, words, hard, baseline, generator)
+    total, _, terms = hard_loss(oracle.decoder, oracle.a, words, hard, baseline, generator=generator)
     loss = total / (copies * hard.samples)
     if learn:
         loss.backward(inputs=list(baseline.parameters()), retain_graph=True)

@@ -34,7 +34,7 @@ from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
 from captioning.config import SearchConfig, Settings, from_dict, one_line, to_dict
 from captioning.data import SPLITS, Batch, CaptionData, Sample, load_batches
-from captioning.diagnosis import check_enough, diagnose
+from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
 from captioning.files import fresh_file
 from captioning.images import open_image
@@ -326,7 +326,9 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
         )
     if options.picture:
         open_image(options.picture)  # so that a mistake is found before hours of training
-    check_enough(CaptionData(options.data).indices(options.split).tolist()[: options.limit or None])
+    images = CaptionData(options.data).indices(options.split).tolist()
+    if len(images) < 2:
+        raise ValueError(f"--split {options.split}: {options.data} has one image of it; two or more are compared on")
     output = Path(options.output)
     todo = systems(options.recipes, list(dict.fromkeys(options.seeds)), options.data, output, overrides)
     rows: list[Row] = []

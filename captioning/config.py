@@ -88,10 +88,10 @@ class HardConfig:
         if self.baseline == "leave_one_out" and self.samples < 2:
             raise ValueError(f"baseline='leave_one_out' needs samples of at least 2 (got {self.samples})")
         if self.relaxation != "none":
-            alone = f"relaxation={self.relaxation!r} uses no reward: it needs"
+            why = f"relaxation={self.relaxation!r} uses no reward"
             if self.baseline != "none":
-                raise ValueError(f"{alone} baseline='none' (got {self.baseline!r})")
-            unread(self, f"is not read: {alone} none", ["reward", "lambda_r"])
+                raise ValueError(f"{why}: it needs baseline='none' (got {self.baseline!r})")
+            unread(self, f"must be left out: {why}", ["reward", "lambda_r"])
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 docs/data_formats.md shows the layout. `preprocess.build` writes it with the names below and nothing else does.
 """
 
+import atexit
 import json
 import math
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import h5py
 import numpy as np
@@ -350,13 +354,32 @@ def load_batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    return iter(loader)
+    return read_ahead(loader)
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C, `timeout` and job queues signal workers too, whose end would be an error where they are read.
 
-    The main process saves where it stands, and ends its workers itself; without it they end by themselves.
+    The main process saves where it stands. A worker that is still being started does not know of this yet, which takes
+    seconds where processes are not forked.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+_WORKERS: WeakSet[BaseProcess] = WeakSet()
+
+
+def read_ahead(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader whose workers, if it has any, leave signals to the main process, and end when it does."""
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    _WORKERS.update(set(multiprocessing.active_children()) - others)
+    return batches
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an exception some are left, and SIGTERM, by which Python would end them before it waits for their end."""
+    for worker in _WORKERS:
+        worker.kill()

@@ -36,9 +36,12 @@ def hard_loss(
     words: Integer[Tensor, "N K S"],
     hard: HardConfig,
     baseline: Baseline,
+    *,
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, ""], int, HardTerms]:
     """The whole of eq. 12, the NLL and the terms, summed over the words of `hard.samples` paths per caption.
+
+    It is what `objective.teacher_forced` minimises without teachers, smoothed labels and the penalty (a test).
 
     Args:
         model: hard attention's, from annotation vectors and words to an Output.

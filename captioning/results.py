@@ -164,7 +164,7 @@ def _token_lines(path: str | Path, text: str) -> dict[str, list[str]]:
         name, tab, caption = line.partition("\t")
         name, sharp, _ = name.rpartition("#")
         if not tab or not sharp:
-            others = "or the file be JSON, or one of preprocess, .h5"
+            others = "or the file be JSON, or an .h5 file made by preprocess"
             raise ValueError(f"{path}: line {number} must read name.jpg#0<TAB>caption ({others})")
         references.setdefault(name, []).append(caption.strip())
     return references

@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> Summary:
     records = every[: options.limit]
     lost = [split for split in SPLITS if _has(every, split) and not _has(records, split)]
     if lost:
-        print(f"preprocess: --limit {options.limit} leaves no images of the split {', '.join(lost)}", file=sys.stderr)
+        print(f"preprocess: --limit {options.limit} leaves no images of {' and '.join(lost)}", file=sys.stderr)
     make_place(options.output, "--output")
     companions = {}
     if options.source == "shapes":

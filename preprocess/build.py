@@ -181,14 +181,15 @@ def _check_room(partial: Partial, images: int, output: Path) -> None:
     Raises:
         ValueError: it has not; nothing was read yet.
     """
+    (partial.folder / "whole.h5").unlink(missing_ok=True)  # half of one, made by a run that was stopped
     needed = (2 * images - partial.kept) * partial.image_bytes
     free = shutil.disk_usage(partial.folder).free
     if needed > free:
         if not partial.kept:
             partial.remove()
         raise ValueError(
-            f"--output {output}: {images} images of {partial.image_bytes / 1e6:.2f} MB take {needed / 1e9:.1f} GB "
-            f"while the file is made, and half of it then; {free / 1e9:.1f} GB are free there"
+            f"--output {output}: {free / 1e9:.1f} GB are free there; to make a file of {images} images of "
+            f"{partial.image_bytes / 1e6:.2f} MB takes {needed / 1e9:.1f} GB more"
         )
 
 

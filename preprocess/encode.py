@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captioning.api import check_device
 from captioning.config import EncoderConfig, Precision, one_line
-from captioning.data import leave_signals_to_the_main_process
+from captioning.data import leave_signals_to_the_main_process, read_ahead
 from captioning.files import short_name
 from captioning.images import read_image, to_array, to_square
 from captioning.model_config import Fit, Resample
@@ -86,7 +86,7 @@ def decode(pictures: Pictures, batches: Sequence[range], *, workers: int) -> Ite
         prefetch_factor=4,
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    yield from loader
+    yield from read_ahead(loader)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -180,4 +180,7 @@ def torch_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return check_device(name)
+    try:
+        return check_device(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error

@@ -75,7 +75,7 @@ def test_a_disk_without_room_is_noticed_before_a_photo_is_read(tmp_path, capsys,
     size = 32 * 32 * 3
     monkeypatch.setattr("preprocess.build.shutil.disk_usage", lambda _: SimpleNamespace(free=6 * size - 1))
     assert main(command(root, output)) == 2
-    assert f"--output {output}: 3 images of 0.00 MB take 0.0 GB while the file is made" in capsys.readouterr().err
+    assert f"--output {output}: 0.0 GB are free there; to make a file of 3 images" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     monkeypatch.setattr("preprocess.build.shutil.disk_usage", lambda _: SimpleNamespace(free=6 * size))
     assert main(command(root, output)) == 0
@@ -84,7 +84,7 @@ def test_a_disk_without_room_is_noticed_before_a_photo_is_read(tmp_path, capsys,
 def test_a_limit_that_leaves_no_image_of_a_split_says_so(tmp_path, capsys):
     root = photos(tmp_path / "in", 5)  # the first is val
     assert main(command(root, tmp_path / "d.h5", "--limit", "1")) == 0
-    assert capsys.readouterr().err == "preprocess: --limit 1 leaves no images of the split train\n"
+    assert capsys.readouterr().err == "preprocess: --limit 1 leaves no images of train\n"
 
 
 def test_negative_workers_are_refused(tmp_path, capsys):
@@ -202,7 +202,7 @@ def test_a_file_without_a_train_split_has_only_the_special_words(tmp_path):
         (["--encoder", "resnet17"], "--encoder 'resnet17' is no checkpoint, nor a torchvision classification model"),
         (["--encoder", "resnet18", "--weights", "no.pth"], "--weights=no.pth: no such file"),
         (["--encoder", "resnet18", "--weights", "null", "--layer", "layer9"], "--layer='layer9' is no feature map"),
-        (["--encoder", "resnet18", "--weights", "null", "--device", "abacus"], "device abacus: allowed is cpu"),
+        (["--encoder", "resnet18", "--weights", "null", "--device", "abacus"], "--device abacus: allowed is cpu"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(tmp_path, capsys, options, message):

@@ -179,7 +179,8 @@ def test_a_split_that_is_too_small_is_refused_before_any_training(tmp_path, monk
         "--output",
         str(tmp_path / "c"),
     ]
-    for more, message in (([], "needs two images or more (got 1)"), (["--split", "test"], "no images of split 'test'")):
+    one = "has one image of it; two or more are compared on"
+    for more, message in (([], one), (["--split", "test"], "no images of split 'test'")):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "c").exists()

@@ -233,7 +233,7 @@ def test_a_location_for_a_model_without_hard_attention_is_refused(location):
         (
             HardConfig,
             {"relaxation": "gumbel_straight_through", "baseline": "none", "lambda_r": 0.5},
-            "lambda_r=0.5 is not read: relaxation='gumbel_straight_through' uses no reward: it needs none",
+            "lambda_r=0.5 must be left out: relaxation='gumbel_straight_through' uses no reward",
         ),
         (HardConfig, {"samples": 0}, "samples must be positive (got 0)"),
         (HardConfig, {"lambda_r": -1.0}, "lambda_r must not be negative (got -1.0)"),

@@ -215,7 +215,7 @@ def spatial_nodes(name: str, image_size: int) -> tuple[SpatialNode, ...]:
         SpatialNode(node, *output.shape[1:])
         for node, output in outputs.items()
         if isinstance(output, Tensor) and output.dim() == 4 and len(output) == batch
-        if output.shape[2] == output.shape[3] > 1
+        if output.shape[2] == output.shape[3] > 1 and output.shape[1] > 3  # no picture on its way to the first layer
     )
 
 

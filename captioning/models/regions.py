@@ -93,7 +93,7 @@ class WithPositions(RegionEncoder):
 class FullLSTM(nn.LSTM):
     """torch's LSTM, in fp32 where a GPU's autocast would take fp16, in which small gradients vanish."""
 
-    def forward(self, x: Tensor, state: Any = None) -> Any:
+    def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
             with torch.autocast("cuda", enabled=False):
                 return super().forward(x.float(), state)
