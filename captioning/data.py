@@ -381,5 +381,8 @@ def read_ahead(loader: DataLoader[Any]) -> Iterator[Any]:
 @atexit.register
 def _end_workers() -> None:
     """After an exception some are left, and SIGTERM, by which Python would end them before it waits for their end."""
-    for worker in _WORKERS:
+    left = [worker for worker in _WORKERS if worker.is_alive()]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+    for worker in left:
         worker.kill()
