@@ -210,8 +210,7 @@ class AttentionLSTM(AttendingLSTM):
         embedded = self.embedding_dropout(self.E(inputs))
         state = self.initial_state(memory, k)
         project = self._projects(memory, mask)
-        word_gates = self._gates_of_words(inputs, embedded) if project else self.lstm_word(embedded)
-        word_query = self._word_query(embedded)  # both for all steps at once
+        word_gates, word_query = self._read(inputs, embedded)  # for all steps at once
         weight = self.lstm_state.weight
         if project:
             weight, memory = self._project(memory)
@@ -278,14 +277,17 @@ class AttentionLSTM(AttendingLSTM):
         values = F.linear(memory.values, torch.cat([w_z, self.L_z.weight]))
         return w_h, memory._replace(values=values.to(self.E.weight.dtype))  # many gradients are summed: not in bf16
 
-    def _gates_of_words(
+    def _read(
         self, words: Integer[Tensor, "N K T"], embedded: Float[Tensor, "N K T m"]
-    ) -> Float[Tensor, "N K T g"]:
-        """The words' half of eq. 1, once per different word unless dropout makes them all different."""
+    ) -> tuple[Float[Tensor, "N K T g"], Float[Tensor, "N K T n"] | None]:
+        """The words' half of eq. 1 and of the query: once per different word, unless dropout makes all different."""
         if self.training and self.embedding_dropout.p:
-            return self.lstm_word(embedded)
+            return self.lstm_word(embedded), self._word_query(embedded)
         different, places = words.unique(return_inverse=True)
-        return F.embedding(places, self.lstm_word(self.E(different)).to(self.E.weight.dtype))
+        kinds = self.E(different)
+        gates, query = self.lstm_word(kinds), self._word_query(kinds)
+        dtype = self.E.weight.dtype  # the gradients of a word's many places are summed: not in bf16
+        return F.embedding(places, gates.to(dtype)), None if query is None else F.embedding(places, query.to(dtype))
 
     def _deep_output(
         self, h: Float[Tensor, "W n"], seen: Float[Tensor, "W m"], embedded: Float[Tensor, "W m"]
