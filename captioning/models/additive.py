@@ -20,7 +20,7 @@ BLOCK = 2**19
 def exp2x(x: Tensor) -> Tensor:
     """exp(2x), never in bf16. x is cut at 30, so that gradients stay finite.
 
-    What tanh(x + y) becomes by that is wrong only where one is beyond 30 and the other so far on the other side.
+    What tanh(x + y) becomes by that is wrong only where one is beyond 30 and the other near -30 or below; or reversed.
     """
     return torch.exp(2 * x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-30, 30))
 
