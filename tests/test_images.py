@@ -255,5 +255,5 @@ def test_an_opened_photo_is_turned_once_only(orientation, kind, tmp_path):
 
 
 def test_grey_floats_up_to_one_are_scaled(tmp_path):
-    assert pixels_of(row("F", 0.0, 0.5, 1.0), tmp_path / "x.tif") == [(0,) * 3, (127,) * 3, (255,) * 3]
+    assert pixels_of(row("F", 0.0, 0.5, 1.0), tmp_path / "x.tif") == [(0,) * 3, (128,) * 3, (255,) * 3]
     assert pixels_of(row("F", float("nan"), 1.0), tmp_path / "x.tif") == [(0,) * 3, (255,) * 3]
