@@ -346,18 +346,10 @@ def load_batches(
     dataset: CaptionDataset, batches: Sequence[list[Sample]], *, captions_per_image: int, workers: int = 0
 ) -> Iterator[Batch]:
     """Read planned batches in order, ahead of time when there are workers."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=Collate(captions_per_image),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
-    return read_ahead(loader)
+    return read_ahead(dataset, workers=workers, batch_sampler=batches, collate_fn=Collate(captions_per_image))
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
+def _leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C, `timeout` and job queues signal workers too, whose end would be an error where they are read.
 
     The main process saves where it stands. A worker that is still being started does not know of this yet, which takes
@@ -370,10 +362,11 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 _WORKERS: WeakSet[BaseProcess] = WeakSet()
 
 
-def read_ahead(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader whose workers, if it has any, leave signals to the main process, and end when it does."""
+def read_ahead(dataset: Dataset[Any], *, workers: int, **options: Any) -> Iterator[Any]:
+    """The batches of a DataLoader with these options; workers leave signals to the main process, and end with it."""
+    ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _leave_signals_to_the_main_process}
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
+    batches = iter(DataLoader(dataset, num_workers=workers, **options, **(ahead if workers else {})))
     _WORKERS.update(set(multiprocessing.active_children()) - others)
     return batches
 

@@ -64,7 +64,8 @@ def _run(options: argparse.Namespace) -> Summary:
             raise FileNotFoundError(f"--images {path}: no such folder")
     every = options.read(options)
     records = every[: options.limit]
-    lost = [split for split in SPLITS if _has(every, split) and not _has(records, split)]
+    there, left = ({record.split for record in some} for some in (every, records))
+    lost = [split for split in SPLITS if split in there - left]
     if lost:
         print(f"preprocess: --limit {options.limit} leaves no images of {' and '.join(lost)}", file=sys.stderr)
     make_place(options.output, "--output")
@@ -88,10 +89,6 @@ def _run(options: argparse.Namespace) -> Summary:
         companions=companions,
         vocabulary=vocabulary,
     )
-
-
-def _has(records: Sequence[Record], split: str) -> bool:
-    return any(record.split == split for record in records)
 
 
 def _settings(options: argparse.Namespace, trained: EncoderConfig | None) -> BuildSettings:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from captioning.api import check_device
 from captioning.config import EncoderConfig, Precision, one_line
-from captioning.data import leave_signals_to_the_main_process, read_ahead
+from captioning.data import read_ahead
 from captioning.files import short_name
 from captioning.images import read_image, to_array, to_square
 from captioning.model_config import Fit, Resample
@@ -77,16 +77,7 @@ def decode(pictures: Pictures, batches: Sequence[range], *, workers: int) -> Ite
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             yield from (pictures.collect(batch, pool.map) for batch in batches)
         return
-    loader = DataLoader(
-        pictures,
-        sampler=batches,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=4,
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
-    yield from read_ahead(loader)
+    yield from read_ahead(pictures, workers=workers, sampler=batches, batch_size=None, collate_fn=_unchanged)
 
 
 def _unchanged(batch: Any) -> Any:

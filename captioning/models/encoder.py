@@ -263,9 +263,17 @@ def _listing(nodes: tuple[SpatialNode, ...]) -> str:
 
 
 _BROKEN = (
-    *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError),
-    *(LookupError, ValueError, AttributeError, struct.error),  # of bytes that look like a pickle's, and are not
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    TypeError,
+    LookupError,  # and the rest: of bytes that look like a pickle's, and are not
+    ValueError,
+    AttributeError,
+    struct.error,
 )
+"""What reading a damaged weights file raises."""
 
 
 def read_weights(name: str, weights: str) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class WithPositions(RegionEncoder):
         return self.inner(self.positions(a))
 
 
-class FullLSTM(nn.LSTM):
+class FullPrecisionLSTM(nn.LSTM):
     """torch's LSTM, in fp32 where a GPU's autocast would take fp16, in which small gradients vanish."""
 
     def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
@@ -114,7 +114,7 @@ class RegionLSTM(RegionEncoder):
 
     def __init__(self, annotation_dim: int, *, dim: int, bidirectional: bool = False):
         super().__init__(dim * (2 if bidirectional else 1))
-        self.lstm = FullLSTM(annotation_dim, dim, batch_first=True, bidirectional=bidirectional)
+        self.lstm = FullPrecisionLSTM(annotation_dim, dim, batch_first=True, bidirectional=bidirectional)
         with torch.no_grad():
             for name, bias in self.lstm.named_parameters():
                 if name.startswith("bias_ih"):
