@@ -11,6 +11,7 @@ Every setting can be overridden (`--help` lists them), and an interrupted run go
 import sys
 from collections.abc import Sequence
 
+from captioning.console import one_line, print_every_letter
 from captioning.memory import keep_memory
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train
@@ -19,10 +20,11 @@ from captioning.training import Interrupted, train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Settings -> training; 2 after a mistake of the user, 130 after an interruption."""
     keep_memory()
+    print_every_letter()
     try:
         best = train(parse_settings(arguments))
     except (ValueError, OSError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        print(f"train: {one_line(error)}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(f"train: {stop}", file=sys.stderr)

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from benchmarks.hard_oracle import Oracle, estimate, exact_gradient, new_baseline, small_oracle
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
-from captioning.config import HardConfig, one_line
+from captioning.config import HardConfig
+from captioning.console import one_line
 from captioning.data import CaptionData, CaptionDataset, load_batches, plan_epoch
 from captioning.evaluate import check_same_task
 from captioning.losses import word_nll

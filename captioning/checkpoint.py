@@ -24,9 +24,9 @@ from captioning.config import (
     RegionEncoderConfig,
     SearchConfig,
     from_dict,
-    one_line,
     to_dict,
 )
+from captioning.console import one_line
 from captioning.files import fresh_file, to_disk
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Decoder
@@ -86,10 +86,19 @@ class TrainingState:
 
         Raises:
             FileNotFoundError: the folder holds no training state.
+            ValueError: a file is malformed; names it.
         """
-        if not (folder / "training.json").is_file():
-            raise FileNotFoundError(f"{folder / 'training.json'}: no such file; there is no run to resume")
-        return cls(read_tensors(folder / "training.safetensors"), read_json(folder / "training.json"))
+        path = folder / "training.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; there is no run to resume")
+        progress = read_json(path)
+        for name in ("progress", "settings"):
+            if name not in progress:
+                raise ValueError(f"{path}: {name} is missing")
+        tensors = read_tensors(folder / "training.safetensors")
+        _check_finite(tensors, folder / "training.safetensors")
+        # copies: the file will be replaced, and Windows replaces none that is mapped into memory
+        return cls({name: x.clone() for name, x in tensors.items()}, progress)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name begins with `prefix/`, without it."""
@@ -211,7 +220,7 @@ def ensemble_members(folder: Path) -> tuple[str, ...]:
         found = tuple(member_name(name) for name in names)
     except ValueError as error:
         raise ValueError(f"{path}: members: {error}") from error
-    if len(set(found)) < len(found):
+    if len({name.casefold() for name in found}) < len(found):
         raise ValueError(f"{path}: members: each name may come once (got {', '.join(found)})")
     return found
 
@@ -246,9 +255,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     search = from_dict(SearchConfig, config.get("search", {}), f"{folder / 'config.json'}: search")  # likewise
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     state = read_tensors(folder / "model.safetensors")
-    broken = next((name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()), None)
-    if broken is not None:
-        raise ValueError(f"{folder / 'model.safetensors'}: {broken} holds values that are not finite")
+    _check_finite(state, folder / "model.safetensors")
     prefix = "encoder.network."
     cnn_state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     try:
@@ -269,6 +276,15 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     about = config.get("about", {})
     about = about if isinstance(about, dict) else {}
     return Checkpoint(model.eval(), encoder, decoder, vocabulary, region_encoder, about, search)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse numbers that are not finite, or not in float32."""
+    broken = next(
+        (name for name, x in tensors.items() if x.is_floating_point() and not x.float().isfinite().all()), None
+    )
+    if broken is not None:
+        raise ValueError(f"{path}: {broken} holds values that are not finite")
 
 
 def load_state(model: CaptioningModel, state: dict[str, Tensor]) -> None:

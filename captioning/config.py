@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from captioning.checks import at_most, fraction, not_negative, positive, unread
+from captioning.console import one_line
 from captioning.model_config import DecoderConfig, EncoderConfig, RegionEncoderConfig
 
 Location = Literal["argmax", "sample", "expected"]
@@ -42,7 +43,7 @@ class DistillationConfig:
 
     Args:
         teachers: checkpoint folders or run folders; the mean of their probabilities is learned. None: no distillation.
-            Each looks at every whole photo once; what its encoder made of it is kept in memory, up to 4 GiB.
+            Each looks at every whole photo once; what their encoders made of it is kept in memory, up to 4 GiB.
         weight: of their words in the loss; the rest, 1 - weight, is for those of the captions.
     """
 
@@ -157,6 +158,8 @@ class SelfCriticalConfig:
 
 MAX_BEAM = 10_000
 """Most hypotheses, captions and paths of an image."""
+MAX_WORDS = 1_000
+"""Longest caption that is searched."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         positive(self, "beam_size", "max_length", "num_captions", "temperature", "paths")
         at_most(self, MAX_BEAM, "beam_size", "num_captions", "paths")
+        at_most(self, MAX_WORDS, "max_length")
+        at_most(self, 100, "length_penalty")
         not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1] (got {self.top_p})")
@@ -391,8 +396,3 @@ def check_fields(kind: type, values: Any, where: str) -> None:
 def given(options: object, kind: type) -> dict[str, Any]:
     """The fields of a config class that a command line was given; argparse leaves the others out (SUPPRESS)."""
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(kind) if hasattr(options, f.name)}
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message on a single line, for the command line."""
-    return " ".join(str(error).split())

@@ -3,28 +3,34 @@
 docs/data_formats.md shows the layout. `preprocess.build` writes it with the names below and nothing else does.
 """
 
-import atexit
-import json
 import math
-import multiprocessing
-import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
-from weakref import WeakSet
+from typing import Any, NamedTuple, get_args
 
 import h5py
 import numpy as np
 import torch
 from jaxtyping import Bool, Integer, Shaped
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from captioning.config import EncoderConfig, from_dict
-from captioning.model_config import PLAIN, Resample, View, all_views
+from captioning.hdf5 import (
+    check_images,
+    grid_attribute,
+    json_attribute,
+    own,
+    own_dataset,
+    own_tensors,
+    texts,
+    whole_numbers,
+)
+from captioning.model_config import MAX_SIDE, PLAIN, Fit, Resample, View, all_views
 from captioning.vocabulary import END, PAD, START, Vocabulary
+from captioning.workers import read_ahead
 
 SCHEMA = "show-attend-tell/1"
 SPLITS = ("train", "val", "test")
@@ -43,7 +49,7 @@ IMAGE_SPLIT = "image/split"
 FIRST_CAPTION = "image/first_caption"
 """(N + 1,) int64: image i has the captions first[i] to first[i + 1]."""
 RAW = "caption/raw"
-"""(C,) text as the source gave it, for scoring."""
+"""(C,) text as the source gave it, for scoring. Every image has some."""
 FIRST_WORD = "caption/first_word"
 """(C + 1,) int64: caption j has the words first[j] to first[j + 1]."""
 WORDS = "caption/words"
@@ -68,7 +74,7 @@ class CaptionData:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of this schema; names the file and what is missing.
+        ValueError: not a file of this schema; names the file and what is wrong with which of its tables.
     """
 
     def __init__(self, path: str | Path):
@@ -81,53 +87,55 @@ class CaptionData:
                 self._read_tables(file)
         except OSError as error:
             raise ValueError(f"{path}: not an HDF5 file: {error}") from error
-        except KeyError as error:
-            raise ValueError(f"{path}: not a data file of schema {SCHEMA}: {error.args[0]}") from error
 
     def _read_tables(self, file: h5py.File) -> None:
         schema = file.attrs.get("schema")
-        if schema != SCHEMA:
+        if not isinstance(schema, str) or schema != SCHEMA:
             raise ValueError(f"{self.path}: schema is {schema!r}, this version reads {SCHEMA!r}; preprocess it again")
-        self.source: dict[str, Any] = json.loads(file.attrs["source"])
-        self.settings: dict[str, Any] = json.loads(file.attrs["settings"])
-        self.vocabulary = Vocabulary([word.decode() for word in file[VOCABULARY][()]])
-        self.names: list[str] = [name.decode() for name in file[NAMES][()]]
-        self.split_of: np.ndarray = file[IMAGE_SPLIT][()]
-        self._first_caption: np.ndarray = file[FIRST_CAPTION][()]
-        self._first_word: np.ndarray = file[FIRST_WORD][()]
-        self._words: np.ndarray = file[WORDS][()]
-        self._raw: list[bytes] = list(file[RAW][()])
+        self.source = json_attribute(file, "source")
+        self.settings = json_attribute(file, "settings")
+        if self.settings.get("fit") not in (None, *get_args(Fit)):
+            allowed = " or ".join(get_args(Fit))
+            raise ValueError(f"{self.path}: settings: fit must be {allowed} (got {self.settings['fit']!r})")
+        words = texts(file, VOCABULARY)
+        try:
+            self.vocabulary = Vocabulary(words)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {VOCABULARY}: {error}") from error
+        self.names = texts(file, NAMES)
+        self.split_of = whole_numbers(file, IMAGE_SPLIT)
+        self._first_caption = whole_numbers(file, FIRST_CAPTION)
+        self._first_word = whole_numbers(file, FIRST_WORD)
+        self._words = whole_numbers(file, WORDS)
+        self._raw = texts(file, RAW)
         self._check_tables()
         self.kind = PIXELS if PIXELS in file else ANNOTATIONS
-        if not isinstance(file[self.kind], h5py.Dataset):
-            raise ValueError(f"{self.path}: {self.kind}: must hold numbers, and is a group")
-        self.image_shape: tuple[int, ...] = tuple(file[self.kind].shape[1:])
-        if len(file[self.kind]) != len(self.names):
-            raise ValueError(f"{self.path}: {self.kind}: {len(file[self.kind])} images, but {len(self.names)} names")
+        images = own_dataset(file, self.kind)
+        self.image_shape: tuple[int, ...] = tuple(images.shape[1:])
         self.mirrored = MIRRORED in file
-        self.grid: tuple[int, int] | None = None
+        self.grids: tuple[tuple[int, int], ...] = ()
         self.encoder: EncoderConfig | None = None
-        if self.kind == ANNOTATIONS:
-            self.grid = (int(file[ANNOTATIONS].attrs["grid"][0]), int(file[ANNOTATIONS].attrs["grid"][1]))
-            config = json.loads(file[ENCODER].attrs["config"])
+        if self.kind == PIXELS:
+            side = min([*self.image_shape[:1], MAX_SIDE])
+            check_images(images, ("uint8",), (len(self.names), side, side, 3), f"{len(self.names)} square RGB images")
+        else:
+            config = json_attribute(own(file, ENCODER), "config")
             self.encoder = from_dict(EncoderConfig, config, f"{self.path}: encoder")
             self._check_views(file, self.encoder)
 
     def _check_views(self, file: h5py.File, encoder: EncoderConfig) -> None:
         """The vectors of every view must be there, as many as its grid has places, and no two scales have one grid."""
         grids = set()
+        size, dim = len(self.names), self.image_shape[-1] if self.image_shape else 0
         for view in all_views(len(encoder.sides), mirrored=self.mirrored):
-            name = annotations_name(encoder, view)
-            shape = file[name].shape if isinstance(file[name], h5py.Dataset) else ()
-            grid = tuple(int(side) for side in file[name].attrs["grid"])
-            if shape != (len(self.names), math.prod(grid), self.image_shape[-1]):
-                raise ValueError(
-                    f"{self.path}: {name}: must be {len(self.names)} images with vectors of {self.image_shape[-1]} "
-                    f"numbers on a grid of {grid} (got {shape})"
-                )
+            vectors = own_dataset(file, annotations_name(encoder, view))
+            grid = grid_attribute(vectors)
+            what = f"{size} images with vectors of {dim} numbers on a grid of {grid}"
+            check_images(vectors, ("float16", "float32"), (size, math.prod(grid), dim), what)
             grids.add((view.scale, grid))
         if not len(grids) == len({grid for _, grid in grids}) == len(encoder.sides):
             raise ValueError(f"{self.path}: {ENCODER}: each scale must have a grid of its own")
+        self.grids = tuple(grid for _, grid in sorted(grids))
 
     def _check_tables(self) -> None:
         """Every index must point at something."""
@@ -138,10 +146,17 @@ class CaptionData:
         for name, first, rows, end in tables:
             if len(first) != rows + 1 or first[0] != 0 or first[-1] != end or (np.diff(first) < 0).any():
                 raise ValueError(f"{self.path}: {name}: must be {rows + 1} numbers that rise from 0 to {end}")
+        silent = np.flatnonzero(np.diff(self._first_caption) == 0)
+        if len(silent):
+            raise ValueError(f"{self.path}: {FIRST_CAPTION}: image {silent[0]} has no caption")
+        twice = next((name for name, count in Counter(self.names).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"{self.path}: {NAMES}: must be unique ({twice!r} comes twice)")
         size = len(self.vocabulary)
         if len(self._words) and not 0 <= self._words.min() <= self._words.max() < size:
             raise ValueError(f"{self.path}: {WORDS}: numbers of words must lie in [0, {size})")
-        if len(self.split_of) != len(self.names) or (self.split_of >= len(SPLITS)).any():
+        known = (self.split_of >= 0) & (self.split_of < len(SPLITS))
+        if len(self.split_of) != len(self.names) or not known.all():
             raise ValueError(f"{self.path}: {IMAGE_SPLIT}: must be {len(self.names)} numbers below {len(SPLITS)}")
 
     def __len__(self) -> int:
@@ -162,6 +177,23 @@ class CaptionData:
             raise ValueError(f"{self.path}: no images of split {split!r}; there are {', '.join(there)}")
         return found
 
+    def check_vectors(self, grids: Sequence[tuple[int, int]], dim: int) -> None:
+        """Stored annotation vectors must have the form that their encoder gives them; pixels have none yet.
+
+        Args:
+            grids: of the encoder's scales; they are compared as far as both have some.
+            dim: D.
+
+        Raises:
+            ValueError: they have not.
+        """
+        same = all(own == other for own, other in zip(self.grids, grids, strict=False))
+        if self.kind == ANNOTATIONS and not (same and self.image_shape[-1] == dim):
+            raise ValueError(
+                f"{self.path}: holds vectors of {self.image_shape[-1]} numbers on grids of {self.grids}, and the "
+                f"encoder stored beside them makes {dim} on {tuple(grids)}"
+            )
+
     def captions_of(self, image: int) -> range:
         """The numbers of an image's captions."""
         return range(int(self._first_caption[image]), int(self._first_caption[image + 1]))
@@ -176,28 +208,36 @@ class CaptionData:
 
     def references(self, image: int) -> list[str]:
         """An image's captions as the source gave them."""
-        return [self._raw[caption].decode() for caption in self.captions_of(image)]
+        return [self._raw[caption] for caption in self.captions_of(image)]
 
     def image(self, image: int, view: View = PLAIN) -> Shaped[Tensor, "..."]:
-        """Pixels (3, S, S) uint8, of one size at every scale, or the view's annotation vectors (L, D) float16."""
+        """Pixels (3, S, S) uint8, of one size at every scale, or the view's annotation vectors (L, D) float16.
+
+        Raises:
+            ValueError: the vectors are not finite; names file, dataset and image.
+        """
         if self._file is None:
             self._file = h5py.File(self.path, "r")
         if self.encoder is None:
             pixels = torch.from_numpy(self._file[PIXELS][image]).permute(2, 0, 1)
             return pixels.flip(-1) if view.mirrored else pixels
-        return torch.from_numpy(self._file[annotations_name(self.encoder, view)][image])
+        name = annotations_name(self.encoder, view)
+        vectors = torch.from_numpy(self._file[name][image])
+        if not vectors.isfinite().all():
+            raise ValueError(
+                f"{self.path}: {name}: image {image} ({self.names[image]!r}) has values that are not finite"
+            )
+        return vectors
 
     def encoder_state(self) -> dict[str, Tensor]:
-        """State dict of the network that made the annotation vectors."""
-        state: dict[str, Tensor] = {}
+        """State dict of the network that made the annotation vectors.
 
-        def read(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                state[name.replace("/", ".")] = torch.from_numpy(np.asarray(item[()]))
-
+        Raises:
+            ValueError: it does not lie in the file, is far too large, or is not finite; names file and tensor.
+        """
         with h5py.File(self.path, "r") as file:
-            file[ENCODER].visititems(read)
-        return state
+            tensors = own_tensors(file, ENCODER)
+        return {name.replace("/", "."): torch.from_numpy(x) for name, x in tensors.items()}
 
 
 class Sample(NamedTuple):
@@ -347,35 +387,3 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Read planned batches in order, ahead of time when there are workers."""
     return read_ahead(dataset, workers=workers, batch_sampler=batches, collate_fn=Collate(captions_per_image))
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C, `timeout` and job queues signal workers too, whose end would be an error where they are read.
-
-    The main process saves where it stands. A worker that is still being started does not know of this yet, which takes
-    seconds where processes are not forked.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-_WORKERS: WeakSet[BaseProcess] = WeakSet()
-
-
-def read_ahead(dataset: Dataset[Any], *, workers: int, **options: Any) -> Iterator[Any]:
-    """The batches of a DataLoader with these options; workers leave signals to the main process, and end with it."""
-    ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _leave_signals_to_the_main_process}
-    others = set(multiprocessing.active_children())
-    batches = iter(DataLoader(dataset, num_workers=workers, **options, **(ahead if workers else {})))
-    _WORKERS.update(set(multiprocessing.active_children()) - others)
-    return batches
-
-
-@atexit.register
-def _end_workers() -> None:
-    """After an exception some are left, and SIGTERM, by which Python would end them before it waits for their end."""
-    left = [worker for worker in _WORKERS if worker.is_alive()]
-    if left and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
-    for worker in left:
-        worker.kill()

@@ -218,6 +218,9 @@ def beam_search(decoder: Decoder, a: Vectors, config: SearchConfig) -> list[list
     Returns:
         For every image up to `beam_size` hypotheses, best first. Where END came less often than `num_captions` asks,
         the best open ones follow, marked.
+
+    Raises:
+        ValueError: the probabilities are no numbers.
     """
     n, width, device = len(_one_of(a)), config.beam_size, _one_of(a).device
     memory = decoder.prepare(a)
@@ -250,6 +253,10 @@ def beam_search(decoder: Decoder, a: Vectors, config: SearchConfig) -> list[list
         state = _rows_of(step.state, rows)
         history = torch.cat([history[rows], words.unsqueeze(-1)], dim=-1)
     _add_open(finished, traces, totals, config)
+    if not all(finished):
+        raise ValueError(
+            f"image {finished.index([])} of {n}: no word has a probability; weights or annotation vectors are broken"
+        )
     return [found[:width] for found in _hypotheses(traces, finished)]
 
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from captioning.api import check_device, search_config
 from captioning.checkpoint import Checkpoint, checkpoint_folder
-from captioning.config import LOCATIONS, EncoderConfig, Location, SearchConfig, given, one_line
+from captioning.config import LOCATIONS, EncoderConfig, Location, SearchConfig, given
+from captioning.console import one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, resizing
 from captioning.decoding import Hypothesis
 from captioning.diagnosis import check_enough, diagnose, signal_to_noise
@@ -158,6 +159,7 @@ def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
             f"({data.encoder.name}); preprocess the photos with --fit {wanted} and without --encoder, and evaluate on "
             "those pixels"
         )
+    data.check_vectors(checkpoint.model.encoder.grids, checkpoint.model.encoder.dim)
 
 
 def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, images: bool = True) -> None:

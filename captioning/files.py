@@ -40,8 +40,11 @@ def hold(path: Path) -> TextIO:
 
     Raises:
         BlockingIOError: another process holds it.
+        ValueError: it is a link; the folder may be somebody else's, and what it leads to would be held.
     """
-    file = path.open("w")
+    if path.is_symlink():
+        raise ValueError(f"{path}: is a link; delete it")
+    file = path.open("a")
     if sys.platform != "win32":
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

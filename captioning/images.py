@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from captioning.config import one_line
+from captioning.console import one_line
 from captioning.model_config import Fit, Resample
 
 MAX_PIXELS = 100_000_000

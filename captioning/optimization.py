@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,35 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
+def _state_of_one(optimizer: Optimizer) -> dict[str, bool]:
+    """What an optimiser keeps of a parameter, and whether it has that parameter's form, from a step with another."""
+    probe = nn.Parameter(torch.zeros(1))
+    probe.grad = torch.zeros(1)
+    other = cast(Callable[..., Optimizer], type(optimizer))([probe])
+    other.step()
+    return {name: torch.as_tensor(value).dim() == 1 for name, value in other.state[probe].items()}
+
+
 def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        ValueError: that was another optimiser, or one of other parameters; names the tensor.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = _state_of_one(optimizer)
+    shapes = {
+        f"{number}/{name}": parameter.shape if alike else torch.Size()
+        for number, parameter in enumerate(parameters)
+        for name, alike in kept.items()
+    }
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
+        if key not in shapes or shapes[key] != value.shape:
+            raise ValueError(f"{key} of shape {tuple(value.shape)} is none of this optimiser's")
         number, name = key.split("/", 1)
         state.setdefault(int(number), {})[name] = value
+    lacking = next((key for key in shapes if int(key.split("/")[0]) in state and key not in tensors), None)
+    if lacking is not None:
+        raise ValueError(f"{lacking} is missing")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

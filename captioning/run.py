@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +27,9 @@ from captioning.checkpoint import (
     save_checkpoint,
     write_json,
 )
+from captioning.checks import not_negative
 from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
+from captioning.console import one_line
 from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch
 from captioning.distillation import Teachers, load_teachers
 from captioning.evaluate import check_same_task
@@ -58,6 +61,9 @@ class Progress:
     seconds: float = 0.0
     words: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        not_negative(self, "epoch", "batch", "step", "best_epoch", "without_gain", "seconds", "words")
 
     def count(self, words: int, *, seconds: float) -> None:
         """One more step is done."""
@@ -110,6 +116,13 @@ class Run:
             return list(counts)
         return list(self.accelerator.reduce(torch.stack(counts).float()) / self.accelerator.num_processes)
 
+    def close(self) -> None:
+        """Let go of the files that the run has open."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.lock is not None:
+            self.lock.close()
+
     def rate_factor(self) -> float:
         """This step's learning rate as a fraction of the optimiser's peak."""
         options, phase, step = self.settings.optimizer, self.settings.self_critical, self.progress.step
@@ -145,12 +158,7 @@ def start(settings: Settings) -> Run:
     average = moving_average(model, settings.optimizer.average_decay) if settings.optimizer.average_decay else None
     progress = Progress()
     if state is not None:
-        load_optimizer_tensors(optimizer, state.group("optimizer"))
-        if average is not None:
-            average.load_state_dict(state.group("average"))
-        if baseline is not None:
-            baseline.load_state_dict(state.group("baseline"))
-        progress = Progress(**state.progress["progress"])
+        progress = go_on(state, output / "last", optimizer, {"average": average, "baseline": baseline})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if average is not None:
         average.to(accelerator.device)
@@ -169,6 +177,26 @@ def start(settings: Settings) -> Run:
     if state is not None:
         say_if_elsewhere(run, state)
     return run
+
+
+def go_on(state: TrainingState, folder: Path, optimizer: Optimizer, others: Mapping[str, nn.Module | None]) -> Progress:
+    """Put the optimiser and what else changed in training back to where a run stood, and say where that was.
+
+    Raises:
+        ValueError: the state is not of such a run; names the file.
+    """
+    progress = from_dict(Progress, state.progress["progress"], f"{folder / 'training.json'}: progress")
+    tensors = state.group("optimizer")
+    try:
+        if progress.step and not tensors:
+            raise ValueError("the optimiser's state is missing")
+        load_optimizer_tensors(optimizer, tensors)
+        for name, module in others.items():
+            if module is not None:
+                module.load_state_dict(state.group(name))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'training.safetensors'}: {one_line(error)[:300]}") from error
+    return progress
 
 
 def start_accelerator(settings: Settings) -> tuple[Settings, Accelerator]:
@@ -291,7 +319,7 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
         "settings": settings,
         "data": {"source": run.data.source, "settings": run.data.settings},
         "progress": dataclasses.asdict(run.progress),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: version(name) for name in packages},
     }
     encoder = dataclasses.replace(run.encoder, weights=run.encoder.weights and short_name(run.encoder.weights))
     search = run.settings.validation.search  # its beam may be small, to be quick; and nobody gets a draw unasked
@@ -299,6 +327,14 @@ def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:
     search = dataclasses.replace(search, beam_size=beam, num_captions=1, sample=False)
     decoder, regions = run.settings.decoder, run.settings.region_encoder
     return Checkpoint(model, encoder, decoder, run.data.vocabulary, regions, about, search)
+
+
+def version(package: str) -> str | None:
+    """A package's version; none of what was not installed, but lies beside its command."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def save_last(run: Run) -> None:

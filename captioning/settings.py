@@ -10,7 +10,8 @@ from typing import cast, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from captioning.config import Settings, check_fields, one_line
+from captioning.config import Settings, check_fields
+from captioning.console import one_line
 
 
 def recipes() -> dict[str, Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_state, save_checkpoint
-from captioning.config import one_line
+from captioning.console import one_line
 from captioning.files import short_name
 
 

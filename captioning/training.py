@@ -31,6 +31,7 @@ from captioning.objective import teacher_forced
 from captioning.optimization import set_learning_rate
 from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start, training_set
 from captioning.self_critical import self_critical_sampled
+from captioning.tokenization import one_line
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error: the state was saved
@@ -62,8 +63,7 @@ def train(settings: Settings) -> Path:
                 validate(run)
             run.progress.epoch, run.progress.batch = epoch + 1, 0
             save_last(run)
-    if run.writer is not None:
-        run.writer.close()
+    run.close()
     run.accelerator.end_training()
     return output / "best"
 
@@ -240,7 +240,7 @@ def validate(run: Run) -> None:
     )
     watch_attention(run, indices)
     for i in indices[:: max(len(indices) // 3, 1)][:3]:
-        say(run, f"  {run.data.names[i]}: {captions[run.data.names[i]]}")
+        say(run, f"  {one_line(run.data.names[i])}: {captions[run.data.names[i]]}")
     if values["CIDEr"] > progress.best:
         progress.best, progress.best_epoch, progress.without_gain = values["CIDEr"], progress.epoch + 1, 0
         if run.accelerator.is_main_process:

@@ -14,7 +14,8 @@ from typing import Any, get_args
 from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
-from captioning.config import EncoderConfig, Precision, given, one_line
+from captioning.config import EncoderConfig, Precision, given
+from captioning.console import one_line
 from captioning.data import SPLITS
 from captioning.files import make_place, short_name
 from captioning.memory import keep_memory

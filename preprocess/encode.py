@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from captioning.api import check_device
-from captioning.config import EncoderConfig, Precision, one_line
-from captioning.data import read_ahead
+from captioning.config import EncoderConfig, Precision
+from captioning.console import one_line
 from captioning.files import short_name
 from captioning.images import read_image, to_array, to_square
 from captioning.model_config import Fit, Resample
 from captioning.models.encoder import build_encoder
 from captioning.precision import number_format
+from captioning.workers import read_ahead
 from preprocess.sources import Record
 
 

@@ -24,7 +24,7 @@ def test_an_annotation_file_brings_the_network_that_made_it(tmp_path):
     assert data.encoder is not None
     encoder, config = build_encoder(data.encoder, state=state)
     assert config == data.encoder
-    assert (data.grid, data.image_shape) == ((2, 2), (4, 512))
+    assert (data.grids, data.image_shape) == (((2, 2),), (4, 512))
     assert state["bn1.num_batches_tracked"].shape == ()
     assert state["bn1.num_batches_tracked"].dtype == torch.int64
     pixels = to_array(to_square(open_image(root / "5.png"), 64, "crop")).copy()
@@ -54,7 +54,7 @@ def test_a_checkpoints_encoder_may_see_larger_pictures(tmp_path, tiny_checkpoint
     assert main(words) == 0
     data = CaptionData(tmp_path / "d.h5")
     assert data.encoder.image_size == 64
-    assert data.grid == (8, 8)
+    assert data.grids == ((8, 8),)
 
 
 def test_a_checkpoints_encoder_sees_what_it_was_trained_on_unless_told(tmp_path, tiny_checkpoint):

@@ -168,10 +168,11 @@ def test_who_may_read_a_checkpoint_is_the_umasks_business(tiny_checkpoint, tmp_p
 
 
 def test_a_training_state_lies_beside_the_model(tiny_checkpoint, tmp_path):
-    state = TrainingState({"optimizer/0/step": torch.tensor(3.0), "average/x": torch.ones(2)}, {"epoch": 1})
+    progress = {"progress": {"epoch": 1}, "settings": {}}
+    state = TrainingState({"optimizer/0/step": torch.tensor(3.0), "average/x": torch.ones(2)}, progress)
     save_checkpoint(tmp_path / "last", load_checkpoint(tiny_checkpoint), training=state)
     loaded = TrainingState.load(tmp_path / "last")
-    assert loaded.progress == {"epoch": 1}
+    assert loaded.progress == progress
     assert {name: x.tolist() for name, x in loaded.group("optimizer").items()} == {"0/step": 3.0}
     assert list(loaded.group("average")) == ["x"]
 

@@ -136,17 +136,21 @@ def test_a_file_that_lacks_a_scale_is_named(stored, tmp_path):
         (
             "image/annotations_48",
             (12, 36, 5),
-            r"annotations_48: must be 12 images with .* \(6, 6\) \(got \(12, 36, 5\)\)",
+            r"annotations_48: must be 12 images with .* \(6, 6\), .*\(got float16 of shape \(12, 36, 5\)\)",
         ),
         (
             "image/annotations_48",
             (12, 35, 128),
             r"annotations_48: must be 12 images with vectors of 128 numbers on a grid",
         ),
-        ("image/mirrored", (12, 9, 128), r"image/mirrored: must be 12 images with vectors .* \(4, 4\) \(got \(12, 9"),
+        (
+            "image/mirrored",
+            (12, 9, 128),
+            r"image/mirrored: must be 12 images with vectors .* \(4, 4\), in .* \(got float16 of shape \(12, 9",
+        ),
         ("image/annotations", (12, 16), r"image/annotations: must be 12 images with"),
-        ("image/annotations", "group", "image/annotations: must hold numbers, and is a group"),
-        ("image/annotations_48", "group", r"image/annotations_48: must be 12 images .*\(got \(\)\)"),
+        ("image/annotations", "group", "image/annotations: must hold numbers or text, and is a group"),
+        ("image/annotations_48", "group", "image/annotations_48: must hold numbers or text, and is a group"),
     ):
         broken = tmp_path / "broken.h5"
         shutil.copy(stored[1], broken)

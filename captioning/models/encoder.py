@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from captioning.config import EncoderConfig, one_line
+from captioning.config import EncoderConfig
+from captioning.console import one_line
 from captioning.model_config import Resample
 from captioning.models.depthwise import quicken
 

@@ -1,0 +1,118 @@
+"""Reading an HDF5 file that may be somebody else's: what it holds itself, of the kind and the size that are expected.
+
+HDF5 can point into other files (links, external storage, virtual datasets), whose bytes would end up in a checkpoint
+that travels, and it can promise terabytes in a few bytes. What is refused is refused by a ValueError, in a line that
+names file and field.
+"""
+
+import json
+from typing import Any
+
+import h5py
+import numpy as np
+
+MOST_BYTES = 2**32
+"""Largest table that is read whole."""
+
+
+def own(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
+    """What lies under a name in the file itself."""
+    parts = name.split("/")
+    for i in range(len(parts)):
+        link = file.get("/".join(parts[: i + 1]), getlink=True)
+        if link is None:
+            raise ValueError(f"{file.filename}: {name}: is not there")
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{file.filename}: {name}: is a link; everything must lie in the file itself")
+    item = file[name]
+    if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+        raise ValueError(f"{file.filename}: {name}: is stored elsewhere; everything must lie in the file itself")
+    return item
+
+
+def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset that lies in the file itself."""
+    item = own(file, name)
+    if not isinstance(item, h5py.Dataset):
+        raise ValueError(f"{file.filename}: {name}: must hold numbers or text, and is a group")
+    return item
+
+
+def own_tensors(file: h5py.File, name: str) -> dict[str, np.ndarray]:
+    """The datasets in a group and in those within it, by their names there: finite numbers, all of them."""
+    names: list[str] = []
+    group = own(file, name)
+    if isinstance(group, h5py.Group):
+        group.visit(names.append)
+    items = {inner: item for inner in names if isinstance(item := own(file, f"{name}/{inner}"), h5py.Dataset)}
+    if sum(item.nbytes for item in items.values()) > MOST_BYTES:
+        raise ValueError(f"{file.filename}: {name}: must be at most {MOST_BYTES:,} bytes")
+    values = {inner: np.asarray(read_whole(item)) for inner, item in items.items()}
+    for inner, value in values.items():
+        if value.dtype.kind not in "iufb" or not np.isfinite(value).all():
+            raise ValueError(f"{file.filename}: {name}/{inner}: must be finite numbers")
+    return values
+
+
+def read_whole(item: h5py.Dataset) -> Any:
+    """All values of a dataset, if they are no more than `MOST_BYTES`."""
+    if item.size is None or item.nbytes > MOST_BYTES:
+        raise ValueError(f"{_name(item)}: must hold values, at most {MOST_BYTES:,} bytes")
+    return item[()]
+
+
+def whole_numbers(file: h5py.File, name: str) -> np.ndarray:
+    """A list of whole numbers, signed."""
+    item = own_dataset(file, name)
+    if item.dtype.kind not in "iu" or item.ndim != 1:
+        raise ValueError(f"{_name(item)}: must be a list of whole numbers (got {_kind(item)})")
+    values = read_whole(item)
+    return values if item.dtype.kind == "i" else values.astype(np.int64)
+
+
+def texts(file: h5py.File, name: str) -> list[str]:
+    """A list of texts in UTF-8."""
+    item = own_dataset(file, name)
+    if h5py.check_string_dtype(item.dtype) is None or item.ndim != 1:
+        raise ValueError(f"{_name(item)}: must be a list of texts (got {_kind(item)})")
+    try:
+        return [text.decode() for text in read_whole(item)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{_name(item)}: must be UTF-8: {error}") from error
+
+
+def check_images(item: h5py.Dataset, types: tuple[str, ...], shape: tuple[int, ...], what: str) -> None:
+    """Refuse images of other types or another shape than these, which are `what` they must be in words."""
+    if item.dtype.name not in types or item.shape != shape:
+        raise ValueError(f"{_name(item)}: must be {what}, in {' or '.join(types)} (got {_kind(item)})")
+
+
+def json_attribute(owner: h5py.Dataset | h5py.Group, name: str) -> dict[str, Any]:
+    """An attribute that holds a JSON object."""
+    where = f"{_name(owner)}: {name}"
+    value = owner.attrs.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: must be an attribute with a JSON object")
+    try:
+        values = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be a JSON object (got {type(values).__name__})")
+    return values
+
+
+def grid_attribute(item: h5py.Dataset) -> tuple[int, int]:
+    """The attribute `grid` of annotation vectors: rows and columns."""
+    value = np.asarray(item.attrs.get("grid", ()))
+    if value.shape != (2,) or value.dtype.kind not in "iu" or (value < 1).any():
+        raise ValueError(f"{_name(item)}: its attribute grid must be two positive numbers")
+    return int(value[0]), int(value[1])
+
+
+def _name(item: h5py.Dataset | h5py.Group) -> str:
+    return f"{item.file.filename}: {item.name[1:]}".removesuffix(": ")
+
+
+def _kind(item: h5py.Dataset) -> str:
+    return f"{item.dtype.name} of shape {item.shape}"
