@@ -9,7 +9,6 @@ Standard output has one line per photo: its path, a tab, the caption.
 import argparse
 import dataclasses
 import glob
-import io
 import itertools
 import json
 import os
@@ -22,7 +21,8 @@ import torch
 
 from captioning import Caption, Captioner, load_captioner
 from captioning.api import OVERLAYS
-from captioning.config import LOCATIONS, SearchConfig, given, one_line
+from captioning.config import LOCATIONS, SearchConfig, given
+from captioning.console import one_line, print_every_letter
 from captioning.files import fresh_file, make_folder, make_place
 from captioning.images import EXTENSIONS, open_image
 from captioning.memory import keep_memory
@@ -38,7 +38,8 @@ def image_files(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+            shown = (p for p in path.iterdir() if not p.name.startswith("."))  # macOS leaves ._a.jpg beside a.jpg
+            files = sorted(p for p in shown if p.suffix.lower() in EXTENSIONS and p.is_file())
             if not files:
                 raise FileNotFoundError(f"{argument}: no image files in this folder ({' '.join(sorted(EXTENSIONS))})")
         elif path.exists():
@@ -99,7 +100,7 @@ def not_to_be_replaced(files: Sequence[Path], folder: Path) -> set[str]:
 
     In a folder of overlays a new one replaces the old; beside the photos themselves it takes a name that is free.
     """
-    photos_there = folder.resolve() in {path.parent.resolve() for path in files}
+    photos_there = any(folder.samefile(place) for place in {path.parent for path in files})
     return {path.name.casefold() for path in folder.iterdir()} if photos_there else set()
 
 
@@ -171,7 +172,7 @@ def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
         make_folder(Path(options.overlay), f"--overlay {options.overlay}")
     if options.json and options.json != "-":
         make_place(Path(options.json), "--json")
-        if Path(options.json).resolve() in {path.resolve() for path in files}:
+        if Path(options.json).exists() and any(path.samefile(options.json) for path in files):
             raise ValueError(f"--json {options.json}: is a photo to be captioned; give another file to write")
 
 
@@ -226,9 +227,7 @@ def print_words(caption: Caption, lines: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     keep_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        # names of files that are no text go out as they came in, and Windows writes all others, too
-        sys.stdout.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="surrogateescape")
+    print_every_letter()
     try:
         code = run(parser().parse_args(arguments))
         sys.stdout.flush()

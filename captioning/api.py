@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from captioning.checkpoint import Checkpoint, checkpoint_folder
-from captioning.config import LOCATIONS, SearchConfig, one_line
+from captioning.config import LOCATIONS, SearchConfig
+from captioning.console import one_line
 from captioning.decoding import Hypothesis
 from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
@@ -207,7 +208,8 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu (torch finds no GPU here)"
+        gpu = torch.accelerator.current_accelerator(check_available=True)
+        allowed = "cpu (torch finds no GPU here)" if gpu is None else f"cpu or {gpu.type}"
         raise ValueError(f"device {device}: allowed is {allowed}: {one_line(error)[:100]}") from error
     return found
 

@@ -32,7 +32,8 @@ import torch
 
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
-from captioning.config import SearchConfig, Settings, from_dict, one_line, to_dict
+from captioning.config import SearchConfig, Settings, from_dict, to_dict
+from captioning.console import one_line, print_every_letter
 from captioning.data import SPLITS, Batch, CaptionData, Sample, load_batches
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
@@ -125,8 +126,7 @@ def seconds_per_step(settings: Settings) -> float:
         run.wrapped.train()
         _seconds(run, itertools.islice(loader, warm))
         rounds = [seconds for _ in range(ROUNDS) if (seconds := _seconds(run, itertools.islice(loader, TIMED)))]
-        if run.writer is not None:
-            run.writer.close()
+        run.close()
     return min(rounds)
 
 
@@ -353,6 +353,7 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line, 130 after an interruption."""
     keep_memory()
+    print_every_letter()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, overrides = parser().parse_known_args(words)
     try:

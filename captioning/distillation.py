@@ -22,7 +22,7 @@ from captioning.models.decoder import Output
 from captioning.models.encoder import Encoder
 
 ROOM = 4 << 30
-"""Bytes that each encoder of the teachers may keep of what it saw; 45,000 photos at 10x10x320 and 7x7x320 in bf16."""
+"""Bytes that the teachers' encoders may keep of what they saw; 45,000 photos at 10x10x320 and 7x7x320 in bf16."""
 
 Photos = tuple[Integer[Tensor, " N"], Bool[Tensor, " N"]]
 """Numbers of whole photos in a data file, and whether each is seen in a mirror."""
@@ -74,7 +74,8 @@ class Teachers:
         for i, model in enumerate(self.models):
             encoders = (other.encoder for other in self.models[: i + 1])
             model.encoder = next(encoder for encoder in encoders if _alike(encoder, model.encoder))
-        self.looks = {} if data is None else {model.encoder: Looks(model.encoder, data) for model in self.models}
+        own = dict.fromkeys(model.encoder for model in self.models)
+        self.looks = {} if data is None else {encoder: Looks(encoder, data, ROOM // len(own)) for encoder in own}
 
     @torch.no_grad()
     def __call__(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioning.checkpoint import MAX_MEMBERS, checkpoint_folder, load_checkpoint, member_name
-from captioning.config import one_line
+from captioning.console import one_line
 from captioning.voices import Ensemble, save_ensemble
 
 
@@ -34,7 +34,7 @@ def build_ensemble(members: Sequence[str], *, mirror: bool = False) -> Ensemble:
         for i, member in enumerate(members, 1)
     ]
     names = tuple(member_name(name) for name, _ in pairs)
-    if len(set(names)) < len(names):
+    if len({name.casefold() for name in names}) < len(names):  # which some file systems do not tell apart
         raise ValueError(f"each member needs a name of its own (got {', '.join(names)})")
     found = tuple(load_checkpoint(checkpoint_folder(path)) for _, path in pairs)
     own, several = found[0].search, any(member.search.multi_scale for member in found)

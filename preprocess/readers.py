@@ -173,7 +173,7 @@ def read_splits(path: Path, *, restval: Restval = "train") -> dict[str, str]:
 
 def _listed(path: Path) -> Iterator[tuple[str, str, str]]:
     for file in sorted(path.glob("*.txt")):
-        split = split_in_name(file)
+        split = None if file.name.startswith(".") else split_in_name(file)  # macOS leaves ._train.txt beside train.txt
         for line in _read_text(file).splitlines() if split else ():
             if split and line.strip():
                 yield str(file), Path(line.strip()).name, split

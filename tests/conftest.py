@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,8 @@ import torch
 from jaxtyping import install_import_hook
 from PIL import Image
 from torch import nn
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # where there is a GPU, too
 
 install_import_hook(["captioning", "preprocess"], "beartype.beartype")
 
