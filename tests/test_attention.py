@@ -72,6 +72,22 @@ def test_hard_attention_brings_back_the_projected_value_of_its_place():
     torch.testing.assert_close(soft, torch.einsum("rl,rlv->rv", context.alpha, memory.values.repeat_interleave(K, 0)))
 
 
+def test_straight_through_is_a_sample_whose_gradient_is_that_of_the_gumbel_softmax():
+    attention = projected(HardAttention).double()
+    a, query = torch.randn(N, L, D).double(), torch.randn(N * K, QUERY).double().requires_grad_()
+    memory, w = attention.prepare(a), torch.randn(N * K, DIM).double()
+    with looking(attention, Look("gumbel_straight_through", generator=torch.Generator().manual_seed(1))):
+        z = attention(query, memory).z
+    # Jang et al. (2017), eqs. 1 and 2, at temperature 1: Gumbel noise is -log of an exponential variable.
+    noise = torch.empty(N * K, L).double().exponential_(generator=torch.Generator().manual_seed(1))
+    scores = attention.alignment(query.view(N, K, QUERY), memory.keys).flatten(0, 1) - noise.log()
+    values = memory.values.repeat_interleave(K, dim=0)
+    torch.testing.assert_close(z, values[torch.arange(N * K), scores.argmax(dim=-1)])
+    relaxed = torch.einsum("rl,rlv->rv", scores.softmax(dim=-1), values)
+    found, expected = (torch.autograd.grad((x * w).sum(), query, retain_graph=True)[0] for x in (z, relaxed))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", [SoftAttention, HardAttention])
 def test_contexts_lie_in_the_convex_hull_of_the_values(kind):
     attention = projected(kind)

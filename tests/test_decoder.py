@@ -86,22 +86,25 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 @every_variant
 def test_forward_equals_repeated_step(config):
-    decoder = build(config).eval()
-    a, words = batch()
+    assert_forward_equals_repeated_step(build(config).eval(), *batch())
+
+
+def assert_forward_equals_repeated_step(decoder: Decoder, a: torch.Tensor, words: torch.Tensor) -> None:
+    rows = words.shape[:2]
     output = decoder(a, words)
     memory = decoder.prepare(a)
-    state = decoder.initial_state(memory, 3)
+    state = decoder.initial_state(memory, rows[1])
     for t in range(words.shape[-1] - 1):
         step = decoder.step(words[..., t].flatten(), state, memory)
         state = step.state
         real = output.mask[..., t]
         at_t = torch.zeros_like(output.mask)
         at_t[..., t] = real
-        torch.testing.assert_close(output.logits[at_t[output.mask]], step.logits.unflatten(0, (2, 3))[real])
+        torch.testing.assert_close(output.logits[at_t[output.mask]], step.logits.unflatten(0, rows)[real])
         for whole, one in ((output.alphas, step.alpha), (output.betas, step.beta)):
             assert (whole is None) == (one is None)
             if one is not None:
-                torch.testing.assert_close(whole[:, :, t][real], one.unflatten(0, (2, 3))[real])
+                torch.testing.assert_close(whole[:, :, t][real], one.unflatten(0, rows)[real])
 
 
 @every_variant
@@ -213,6 +216,17 @@ def test_locations_are_projected_first_where_words_are_more_than_twice_as_many()
     assert decoder._projects(memory, mask.repeat_interleave(2, dim=1))
 
 
+@pytest.mark.parametrize(
+    "look", [look for look in LOOKS if "gate" in look], ids=lambda look: "-".join(map(str, look.values()))
+)
+def test_with_many_words_locations_are_projected_only_where_that_is_repeated_step(look):
+    decoder, (a, words) = build(DecoderConfig(**SIZES, **look)).eval(), batch()
+    words = words.repeat_interleave(2, dim=1)  # 32 words over 2 x 5 locations
+    projects = decoder._projects(decoder.prepare(a), words[..., 1:] != PAD)
+    assert projects == (look["attention"] != "multi_head" and look["gate"] != "vector")
+    assert_forward_equals_repeated_step(decoder, a, words)
+
+
 @every_decoder
 def test_a_batch_of_absent_captions_is_harmless(config):
     decoder = build(config)
@@ -239,6 +253,20 @@ def test_each_dropout_acts_by_itself(name, config):
     if name != "annotation_dropout":  # a search's step is the same model, one word at a time
         one, other = (decoder.step(words[..., 0].flatten(), decoder.initial_state(memory, 3), memory) for _ in range(2))
         assert not torch.equal(one.logits, other.logits)
+
+
+def test_embedding_dropout_alone_reaches_the_query_and_the_gates():
+    none = dict.fromkeys(DROPOUTS, 0.0)
+    config = dataclasses.replace(VARIANTS[0], query="state_and_word", **none | {"embedding_dropout": 0.5})
+    decoder, (a, words) = build(config).train(), batch()
+    one, other = decoder(a, words), decoder(a, words)
+    assert torch.equal(one.states[:, :, 0], other.states[:, :, 0])  # h_0 has read no word
+    assert not torch.equal(one.alphas[:, :, 0], other.alphas[:, :, 0])
+    config = dataclasses.replace(config, query="state")
+    decoder = build(config).train()
+    one, other = decoder(a, words), decoder(a, words)
+    assert torch.equal(one.alphas[:, :, 0], other.alphas[:, :, 0])
+    assert not torch.equal(one.states[:, :, 1], other.states[:, :, 1])
 
 
 def test_the_deep_output_drops_of_the_state_and_of_the_hidden_layer():

@@ -1,6 +1,7 @@
 """Searches over small random decoders, compared with brute force and with each other, in double precision."""
 
 import itertools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -196,6 +197,17 @@ def test_a_beam_goes_on_while_a_longer_caption_may_still_be_the_better_one():
     table[6, 7] = table[7, 8] = table[8, END] = 1.0
     config = SearchConfig(beam_size=2, max_length=6, length_penalty=1.0)
     assert beam_search(TableDecoder(table), torch.zeros(1, 1, 1), config)[0][0].ids == (4, 5, 6, 7, 8, END)
+
+
+def test_a_beam_goes_on_while_a_longer_caption_may_still_enter_the_n_best_list():
+    # END at once has 0.5 and 5 END 0.2; 4 6 END, still open when both have ended, has 0.3 * 0.95 = 0.285.
+    table = torch.full((7, 7), 1e-30)
+    table[START, END], table[START, 4], table[START, 5] = 0.5, 0.3, 0.2
+    table[4, 6], table[4, END], table[5, END], table[6, END] = 0.95, 0.05, 1.0, 1.0
+    config = SearchConfig(beam_size=2, num_captions=2)
+    found = beam_search(TableDecoder(table), torch.zeros(1, 1, 1), config)[0]
+    assert [h.ids for h in found] == [(END,), (4, 6, END)]
+    assert [h.score for h in found] == pytest.approx([math.log(0.5), math.log(0.285)])
 
 
 def test_length_normalisation_prefers_the_longer_sentence():

@@ -83,6 +83,14 @@ def test_the_numbers_of_words_by_hand():
     assert found["movement_nouns"] == pytest.approx(0.25)  # from dog to cat; the second caption has one noun
 
 
+def test_among_nouns_alone_all_words_move_as_nouns_do():
+    alphas = torch.tensor([[1, 0], [0.5, 0.5], [0, 1.0]])
+    words = diagnosis._Words(alphas, torch.tensor([4, 4, 4]), torch.tensor([0, 0, 0]), torch.arange(3))
+    vocabulary = Vocabulary([*SPECIAL, "dog"])
+    found = diagnosis._numbers(words, vocabulary, torch.Generator().manual_seed(0), places=False)
+    assert (found["movement_nouns"], found["movement_words"]) == (0.5, 0.5)
+
+
 def test_padding_and_absent_captions_are_no_words():
     mask = torch.tensor([[[True, True, False], [True, False, False]], [[True, True, True], [False, False, False]]])
     alphas = torch.arange(12.0).view(2, 2, 3, 1)

@@ -103,8 +103,13 @@ def test_with_all_locations_hard_is_soft(name, look):
     hard, soft = decoder_with(name, "hard", 5), decoder_with(name, "soft")
     a, words = batch()
     with looking(hard, Look(look)):
-        one = hard(a, words)
-    torch.testing.assert_close(one.logits, soft(a, words).logits)
+        one, other = hard(a, words).logits, soft(a, words).logits
+    torch.testing.assert_close(one, other)
+    found, expected = (
+        torch.autograd.grad(logits.sin().sum(), list(decoder.parameters()), materialize_grads=True)
+        for logits, decoder in ((one, hard), (other, soft))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["attention_lstm", "luong"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_decoder import batch
 from test_hard import decoder_with
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.hard_oracle import (
     Oracle,
@@ -114,15 +115,16 @@ def terms_of(decoder: Decoder, a, words, hard: HardConfig, seed: int = 0):
     return output, hard_terms(output, log_p.detach(), hard, baseline)
 
 
-def test_eq_12_by_hand_over_real_words_only():
+@pytest.mark.parametrize("lambda_e", [0.25, 0.0, -0.1])
+def test_eq_12_by_hand_over_real_words_only(lambda_e):
     decoder, (a, words) = decoder_with("hard"), batch()
-    hard = HardConfig(baseline="none", reward="to_go", lambda_r=0.5, lambda_e=0.25, expectation_probability=0.0)
+    hard = HardConfig(baseline="none", reward="to_go", lambda_r=0.5, lambda_e=lambda_e, expectation_probability=0.0)
     output, terms = terms_of(decoder, a, words, hard)
     log_p = by_word(-word_nll(output.logits, output.targets), output.mask)
     expected = 0.0
     for n, k, t in output.mask.nonzero().tolist():
         expected -= 0.5 * log_p[n, k, t:].sum().item() * output.log_probs[n, k, t].item()
-        expected -= 0.25 * output.entropies[n, k, t].item()
+        expected -= lambda_e * output.entropies[n, k, t].item()
     assert terms.loss.item() == pytest.approx(expected)
     assert terms.captions.tolist() == pytest.approx([log_p.sum().item(), 16, 5])
 
@@ -169,6 +171,18 @@ def test_the_oracle_is_not_trivial(oracle):
     log_q, log_p = paths(oracle)
     assert 0.1 < -(log_q.exp() * log_q).sum().item() / math.log(27) < 0.9
     assert (log_p.max() - log_p.min()).item() > 1
+
+
+@pytest.mark.parametrize("glimpses", [1, 2])
+def test_the_exact_gradient_is_the_slope_of_the_bound(glimpses):
+    oracle = small_oracle(glimpses=glimpses)
+    exact, start = exact_gradient(oracle), parameters_to_vector(oracle.parameters).detach()
+    direction = torch.randn(len(exact), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bounds = []
+    for shift in (1e-5, -1e-5):
+        vector_to_parameters(start + shift * direction, oracle.parameters)
+        bounds.append(exact_bound(oracle).item())
+    assert (exact @ direction).item() == pytest.approx((bounds[0] - bounds[1]) / 2e-5, rel=1e-6)
 
 
 def test_eq_10_the_bound_is_below_log_p_of_the_caption(oracle):

@@ -10,6 +10,7 @@ from captioning.config import DecoderConfig
 from captioning.listening import forced
 from captioning.models.alignment import AdditiveAlignment, ConcatAlignment, DotAlignment, GeneralAlignment
 from captioning.models.attention import Look, OpenGate, SoftAttention, looking
+from captioning.models.decoder import Step
 from captioning.models.luong import LuongDecoder, LuongState
 from captioning.models.registry import build_decoder
 from captioning.vocabulary import END, PAD, START
@@ -146,6 +147,28 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     words = torch.tensor([[[START, 4, 5, 6, END], [START, 5, END, PAD, PAD]], [[START, 6, 4, END, PAD], [PAD] * 5]])
     return torch.randn(2, 5, 3), words
+
+
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_dropout_acts_on_the_state_in_eq_5_and_on_what_is_said_in_eq_6(input_feeding):
+    a, words = batch()
+    config = DecoderConfig(name="luong", embedding_dim=8, hidden_dim=4, dropout=0.5, input_feeding=input_feeding)
+    decoder = build_decoder(config, vocabulary_size=7, annotation_dim=3).train()
+    memory = decoder.prepare(a)
+
+    def twice() -> tuple[Step, Step]:
+        one, other = (decoder.step(words[:, 0, 0], decoder.initial_state(memory), memory) for _ in range(2))
+        return one, other
+
+    one, other = twice()
+    assert torch.equal(one.state.h, other.state.h)
+    assert not torch.equal(one.state.spoken, other.state.spoken)
+    with torch.no_grad():
+        decoder.W_c.weight[:, 3:] = 0  # eq. 5 without h_t
+    one, other = twice()
+    assert torch.equal(one.state.spoken, other.state.spoken)
+    assert not torch.equal(one.logits, other.logits)
+    assert not torch.equal(decoder(a, words).logits, decoder(a, words).logits)
 
 
 @pytest.mark.parametrize("input_feeding", [False, True])

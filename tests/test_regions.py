@@ -217,6 +217,15 @@ def test_the_transformer_over_the_regions_is_torchs_encoder_after_a_linear_map(n
     torch.testing.assert_close(ours(a), theirs(ours.project(a)))
 
 
+def test_dropout_acts_in_the_blocks_of_the_transformer_over_the_regions_in_training_only():
+    a = annotations().double()
+    for dropout in (0.0, 0.5):
+        encoder = build("transformer", dim=8, heads=2, dropout=dropout)
+        assert torch.equal(encoder(a), encoder(a))
+        encoder.train()
+        assert torch.equal(encoder(a), encoder(a)) == (not dropout)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

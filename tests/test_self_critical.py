@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from tiny_runs import train_interrupted
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioning import training
 from captioning.checkpoint import load_checkpoint, read_tensors
@@ -23,6 +23,7 @@ from captioning.config import (
     EncoderConfig,
     LossConfig,
     OptimizerConfig,
+    RegionEncoderConfig,
     SearchConfig,
     SelfCriticalConfig,
     Settings,
@@ -206,17 +207,24 @@ def test_every_weight_that_a_caption_depends_on_gets_a_gradient(precision, tiny_
 
 
 def test_captions_are_drawn_without_dropout_and_training_goes_on_with_it(tiny_annotations, tmp_path):
-    run = in_phase(start(tiny_settings(tiny_annotations, tmp_path / "run")))
-    modes = []
+    regions = RegionEncoderConfig("transformer", dim=8, heads=2, dropout=0.5)
+    run = in_phase(start(tiny_settings(tiny_annotations, tmp_path / "run", region_encoder=regions)))
+    modes, modes_of_regions = [], []
     run.model.decoder.dropout.register_forward_hook(lambda module, *_: modes.append(module.training))
+    for part in run.model.regions.modules():
+        if isinstance(part, nn.Dropout):
+            part.register_forward_hook(lambda module, *_: modes_of_regions.append(module.training))
     self_critical_sampled(run, first_batch(run))
     assert set(modes) == {False}
-    assert run.model.decoder.training
+    assert modes_of_regions == [False] * 4  # on the weights, on the MLP's inner layer and on what both add
+    assert all(part.training for half in (run.model.regions, run.model.decoder) for part in half.modules())
     config = dataclasses.replace(run.settings.self_critical, dropout=True)
     run.settings = dataclasses.replace(run.settings, self_critical=config)
     modes.clear()
+    modes_of_regions.clear()
     self_critical_sampled(run, first_batch(run))
     assert set(modes) == {False, True}
+    assert modes_of_regions == [True] * 4
 
 
 @pytest.fixture(scope="module")
