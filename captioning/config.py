@@ -68,7 +68,7 @@ class HardConfig:
             the caption's other samples; Kool et al., 2019) or learned (a small net of h_{t-1} with a squared loss of
             its own; Mnih and Gregor, 2014).
         lambda_r: weight of the reward's term in eq. 12; 1 is the gradient of the bound, eq. 10.
-        lambda_e: weight of the entropy's term in eq. 12.
+        lambda_e: weight of the entropy's term in eq. 12, which keeps the samples apart; below 0 it makes alpha sharper.
         samples: K, paths of locations per caption; they share the encoder's work and its keys.
         expectation_probability: that an image takes the mean context instead of samples, section 4.1; the paper: 0.5.
         relaxation: none, or gumbel_straight_through (Jang et al., 2017): no reward, a biased gradient through alpha.
@@ -84,7 +84,7 @@ class HardConfig:
 
     def __post_init__(self) -> None:
         positive(self, "samples")
-        not_negative(self, "lambda_r", "lambda_e")
+        not_negative(self, "lambda_r")
         fraction(self, "expectation_probability")
         if self.baseline == "leave_one_out" and self.samples < 2:
             raise ValueError(f"baseline='leave_one_out' needs samples of at least 2 (got {self.samples})")
