@@ -36,6 +36,13 @@ def test_a_file_gives_one_line_with_its_caption(call_caption, photos, tiny_check
     assert out == [f"{photos / 'a.png'}\t{caption.text}{'' if caption.finished else ' ...'}"]
 
 
+def test_hidden_files_of_a_folder_are_no_photos(call_caption, photos, tmp_path):
+    shutil.copy(photos / "a.png", tmp_path)
+    (tmp_path / "._a.png").write_bytes(b"\x00\x05")
+    code, out, err = call_caption(tmp_path)
+    assert (code, captioned(out), err) == (0, [str(tmp_path / "a.png")], [])
+
+
 @pytest.fixture
 def short(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """The tiny checkpoint, which by its own search says two words at most, the likeliest."""

@@ -73,6 +73,11 @@ def test_an_image_in_two_split_lists_is_refused(tmp_path):
         read_splits(lists(tmp_path, train="a.jpg", dev="a.jpg"))
 
 
+def test_what_a_system_hides_is_no_split_list(tmp_path):
+    (tmp_path / "._Flickr_8k.trainImages.txt").write_bytes(b"\x00\x05\xff")  # macOS leaves such files on other disks
+    assert read_splits(lists(tmp_path, train="a.jpg")) == {"a.jpg": "train"}
+
+
 def test_a_folder_without_split_lists_is_refused(tmp_path):
     write(tmp_path / "latest.txt", "a.jpg\n")
     with pytest.raises(ValueError, match="no split lists"):

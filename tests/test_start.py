@@ -1,6 +1,7 @@
 """What a run refuses before its first step: data, checkpoints, settings and folders that do not fit."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from tiny_runs import TINY, tiny_settings, train_interrupted
 
 from captioning import training
 from captioning.config import EncoderConfig, SearchConfig, ValidationConfig
-from captioning.run import start
+from captioning.run import as_checkpoint, start
 
 
 def test_nothing_to_validate_on_is_said_before_an_epoch_is_spent(tiny_data, tmp_path):
@@ -49,6 +50,27 @@ def test_a_run_goes_on_with_its_own_words_only(tiny_data, tmp_path):
         file["vocabulary"][-1] = "azure"
     with pytest.raises(ValueError, match=r"--resume: its vocabulary is not that of .*other\.h5"):
         start(dataclasses.replace(settings, data=str(data), resume=True))
+
+
+def test_a_package_that_lies_beside_its_command_has_no_version_and_costs_no_run(tiny_data, tmp_path, monkeypatch):
+    real = importlib.metadata.version
+
+    def not_installed(name):
+        if name == "show-attend-tell":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    versions = as_checkpoint(run, run.model).about["versions"]
+    assert versions["show-attend-tell"] is None
+    assert versions["torch"] == real("torch")
+
+
+def test_a_run_that_is_over_lets_go_of_its_folder(tiny_data, tmp_path):
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    run.close()
+    assert run.lock.closed
 
 
 def test_two_processes_do_not_train_in_one_folder(tiny_data, tmp_path):

@@ -127,6 +127,7 @@ def test_an_ensemble_may_be_stored_in_half_the_size(pair, other, tiny_checkpoint
     [
         (["A"], "an ensemble has 2 to 16 members (got 1)"),
         (["x=A", "x=A"], "each member needs a name of its own (got x, x)"),
+        (["x=A", "X=A"], "each member needs a name of its own (got x, X)"),
         (["../x=A", "y=A"], "a member's name has letters, digits, - and _, at most 64 (got '../x')"),
         (["A", "absent"], "absent: no checkpoint folder"),
         (["A", "words"], "2: its vocabulary is not that of 1"),
@@ -162,6 +163,7 @@ def test_an_ensemble_is_never_written_over(pair, other, tiny_checkpoint, capsys)
         (["fine", "/etc"], "members: a member's name has"),
         (["fine", 3], "members: a member's name has"),
         (["fine", "fine"], "members: each name may come once (got fine, fine)"),
+        (["fine", "Fine"], "members: each name may come once (got fine, Fine)"),
         ("fine", "members must be a list of 1 to 16 names"),
         ([], "members must be a list of 1 to 16 names"),
         (["fine"] * 17, "members must be a list of 1 to 16 names"),
