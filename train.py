@@ -1,40 +1,11 @@
-"""Train a captioner.
+"""Train a captioner: `captioning/train.py`, which is also `python -m captioning.train`.
 
-One process, on the GPU if there is one:
-    python train.py --config flickr8k_soft --data data.h5 --output runs/soft
-Several GPUs, or several CPU processes:
-    torchrun --nproc-per-node 2 train.py --config flickr8k_soft --data data.h5 --output runs/soft
-Every setting can be overridden (`--help` lists them), and an interrupted run goes on where it stopped:
-    python train.py --config flickr8k_soft --data data.h5 --output runs/soft --loss.lambda_ds 0.5 --resume true
+python train.py --config flickr8k_soft --data data.h5 --output runs/soft
 """
 
 import sys
-from collections.abc import Sequence
 
-from captioning.console import one_line, print_every_letter
-from captioning.memory import keep_memory
-from captioning.settings import parse_settings
-from captioning.training import Interrupted, train
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Settings -> training; 2 after a mistake of the user, 130 after an interruption."""
-    keep_memory()
-    print_every_letter()
-    try:
-        best = train(parse_settings(arguments))
-    except (ValueError, OSError) as error:
-        print(f"train: {one_line(error)}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(f"train: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:  # before the first step, or a second time
-        print("train: interrupted", file=sys.stderr)
-        return 130
-    print(f"best checkpoint: {best}")
-    return 0
-
+from captioning.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

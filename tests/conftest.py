@@ -1,7 +1,6 @@
 """Shared fixtures; shapes of tensors are checked in every test."""
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,13 +49,10 @@ def shared() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def command() -> ModuleType:
-    """caption.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("caption_command", ROOT / "caption.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The command that captions photos."""
+    from captioning import caption
+
+    return caption
 
 
 @pytest.fixture(scope="session")

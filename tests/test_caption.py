@@ -1,9 +1,11 @@
 """The command that captions photos, and the three lines of library use."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,12 @@ def test_a_file_gives_one_line_with_its_caption(call_caption, photos, tiny_check
     caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], beam_size=5)[0]
     assert (code, err) == (0, [])
     assert out == [f"{photos / 'a.png'}\t{caption.text}{'' if caption.finished else ' ...'}"]
+
+
+@pytest.mark.parametrize("name", ["caption", "train"])
+def test_the_scripts_beside_the_package_are_its_commands(name):
+    script = runpy.run_path(str(ROOT / f"{name}.py"))
+    assert script["main"] is importlib.import_module(f"captioning.{name}").main
 
 
 def test_hidden_files_of_a_folder_are_no_photos(call_caption, photos, tmp_path):

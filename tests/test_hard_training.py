@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,17 +17,20 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from tiny_runs import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
+from torch import Tensor, nn
 
-import caption as caption_command
 from benchmarks.hard_oracle import Oracle, estimate
+from captioning import caption as caption_command
 from captioning import evaluate, training
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_tensors
 from captioning.config import EncoderConfig, HardConfig, LossConfig, Settings
 from captioning.data import CaptionData, CaptionDataset, load_batches
-from captioning.hard_objective import HardTerms
+from captioning.hard_objective import HardTerms, hard_terms
+from captioning.models.decoder import Output
 from captioning.objective import teacher_forced, update_baseline
-from captioning.run import plan, start
+from captioning.reward_baselines import Baseline, Learned
+from captioning.run import Run, plan, start
 from captioning.vocabulary import PAD
 
 HARD = dataclasses.replace(TINY["decoder"], attention="hard")
@@ -62,12 +66,70 @@ def test_a_hard_run_interrupted_and_resumed_ends_with_the_same_bits(hard, tiny_d
         assert "baseline/net.0.weight" in whole
 
 
+def squared_error(run: Run) -> float:
+    """Of the baseline, per word of a batch, with the same locations each time."""
+    run.model.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return teacher_forced(run, *first_batch(run.settings)).means["squared_advantage"].item()
+
+
 def test_the_learned_baseline_is_trained(tiny_data, tmp_path):
-    settings = hard_settings(tiny_data, tmp_path / "run", HardConfig(baseline="learned", expectation_probability=0.0))
-    run = start(settings)
+    hard = HardConfig(baseline="learned", expectation_probability=0.0)
+    run = start(hard_settings(tiny_data, tmp_path / "run", hard, encoder=frozen()))
+    run.model.requires_grad_(False)  # so that the rewards stay what they are
     before = {name: x.clone() for name, x in run.baseline.state_dict().items()}
+    error = squared_error(run)
     training.train_epoch(run, {"now": False})
     assert all(not torch.equal(x, before[name]) for name, x in run.baseline.state_dict().items())
+    assert squared_error(run) < 0.8 * error
+
+
+def drawn_by_hand() -> tuple[Output, Tensor]:
+    """An image with captions of three words and of one, at drawn locations, and one of two words, at the mean context.
+
+    And log p of its words; their rewards to go are -7, -6, -4; -3; and -6, -1.
+    """
+    mask = torch.tensor([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [0, 0, 0]]], dtype=torch.bool)
+    alphas = torch.full((2, 2, 3, 4), 0.25)
+    locations = torch.tensor([[[0, 3, 1], [2, 0, 0]], [[-1] * 3, [-1] * 3]])
+    entropies = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 9, 9]], [[0.5, 0.6, 9], [9, 9, 9]]])
+    looks = (locations, torch.zeros(2, 2, 3), entropies, torch.zeros(2, 2, 3, 5))
+    output = Output(torch.zeros(6, 2), torch.zeros(6, dtype=torch.long), mask, alphas, None, *looks)
+    return output, torch.tensor([-1.0, -2.0, -4.0, -3.0, -5.0, -1.0])
+
+
+def test_the_learned_baseline_minimises_its_squared_error_by_hand():
+    baseline = Learned(hidden_dim=5, samples=1, to_go=True)
+    for parameter in baseline.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.constant_(baseline.net[2].bias, -1.0)  # so that b = -3, -2, -1; -1: minus the words to go
+    terms = hard_terms(*drawn_by_hand(), HardConfig(baseline="learned", lambda_r=0.0, lambda_e=0.0), baseline)
+    squares = (-7 + 3) ** 2 + (-6 + 2) ** 2 + (-4 + 1) ** 2 + (-3 + 1) ** 2
+    assert terms.loss.item() == pytest.approx(squares)
+    assert terms.curves["squared_advantage"].item() == pytest.approx(squares)
+    assert terms.curves["entropy"].item() == pytest.approx(0.1 + 0.2 + 0.3 + 0.4 + 0.5 + 0.6)
+
+
+def test_captions_are_counted_where_locations_were_drawn_for_them():
+    baseline = Baseline(hidden_dim=5, samples=1, to_go=True)
+    terms = hard_terms(*drawn_by_hand(), HardConfig(baseline="none"), baseline)
+    assert terms.captions.tolist() == [-1 - 2 - 4 - 3, 4, 2]
+
+
+def test_the_curves_of_hard_attention_are_means_over_words(tiny_data, tmp_path):
+    hard = HardConfig(baseline="none", samples=2, expectation_probability=0.0)
+    run = start(hard_settings(tiny_data, tmp_path / "run", hard))
+    decoder = run.model.decoder
+    for parameter in (decoder.attention.alignment.v.weight, decoder.L_o.weight, decoder.L_o.bias):
+        nn.init.zeros_(parameter)  # all 16 locations and all words are equally likely
+    images, words = first_batch(run.settings)
+    means = teacher_forced(run, images, words).means
+    lengths = (words[..., 1:] != PAD).sum(dim=-1).flatten().tolist()
+    log_v = math.log(len(run.data.vocabulary))  # a reward to go of n words is -n ln V
+    squares = sum((n * log_v) ** 2 for length in lengths for n in range(1, length + 1))
+    assert means["entropy"].item() == pytest.approx(math.log(16))
+    assert means["squared_advantage"].item() == pytest.approx(squares / sum(lengths), rel=1e-5)
 
 
 ASSEMBLED = [

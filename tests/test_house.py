@@ -72,6 +72,8 @@ ORDER = (
         "self_critical",
         "training",
         "compare",
+        "caption",
+        "train",
     ),
 )
 # These take arrays and strings: all that they may import of the package.

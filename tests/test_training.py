@@ -15,7 +15,7 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, same_bits, saved_bits, tiny_settings
 
-from captioning import objective, training
+from captioning import objective, train, training
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_tensors
 from captioning.config import (
@@ -233,18 +233,21 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_data, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"), [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])]
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),  # cos 45 degrees is the root of 1/2
+    ],
 )
 def test_the_learning_rate_warms_up_and_decays(schedule, expected):
     config = OptimizerConfig(warmup_steps=2, schedule=schedule)
-    factors = [learning_rate_factor(step, 10, config) for step in (0, 1, 2, 6)]  # step 6 is half-way from 2 to 10
+    factors = [learning_rate_factor(step, 10, config) for step in (0, 1, 2, 4, 6, 8)]  # from 2 to 10 in quarters
     assert factors == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("extra", [[], ["--loss.lambda", "1"], ["--epochs", "0"], ["--config", "nothing"]])
 def test_the_commands_mistakes_are_one_line_and_exit_code_2(extra, tmp_path, capsys):
-    import train
-
     assert train.main(["--data", "nowhere.h5", "--output", str(tmp_path / "x"), *extra]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -304,8 +307,6 @@ def test_every_seed_has_its_steps():
 
 
 def test_the_command_that_is_interrupted_before_its_first_step_says_so_in_one_line(tmp_path, capsys, monkeypatch):
-    import train
-
     def interrupted(settings):
         raise KeyboardInterrupt
 

@@ -1,0 +1,247 @@
+"""Caption photos and show where each word looked.
+
+    python caption.py photo.jpg --overlay overlays/
+    python caption.py photos/ 'more/*.png' --checkpoint runs/x/best --beam-size 5 --json captions.json
+
+Standard output has one line per photo: its path, a tab, the caption.
+"""
+
+import argparse
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captioning import Caption, Captioner, load_captioner
+from captioning.api import OVERLAYS
+from captioning.config import LOCATIONS, SearchConfig, given
+from captioning.console import one_line, print_every_letter
+from captioning.files import fresh_file, make_folder, make_place
+from captioning.images import EXTENSIONS, open_image
+from captioning.memory import keep_memory
+
+
+def image_files(arguments: Sequence[str]) -> list[Path]:
+    """Files, the image files of folders, and what globs match; each once, in the order given.
+
+    Raises:
+        FileNotFoundError: an argument names nothing.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            shown = (p for p in path.iterdir() if not p.name.startswith("."))  # macOS leaves ._a.jpg beside a.jpg
+            files = sorted(p for p in shown if p.suffix.lower() in EXTENSIONS and p.is_file())
+            if not files:
+                raise FileNotFoundError(f"{argument}: no image files in this folder ({' '.join(sorted(EXTENSIONS))})")
+        elif path.exists():
+            files = [path]
+        else:
+            files = [Path(p) for p in sorted(glob.glob(argument, recursive=True)) if Path(p).is_file()]
+            if not files:
+                raise FileNotFoundError(f"{argument}: no such file, folder or match")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def captions_of(
+    captioner: Captioner, files: Sequence[Path], batch_size: int, options: dict[str, Any]
+) -> Iterator[tuple[Path, Caption | Exception]]:
+    """The caption of every file; for a file that cannot be read, the reason instead."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1 (got {batch_size})")
+    for start in range(0, len(files), batch_size):
+        opened: list[tuple[Path, Any]] = []
+        for path in files[start : start + batch_size]:
+            try:
+                opened.append((path, open_image(path)))
+            except (ValueError, OSError) as error:
+                opened.append((path, error))
+        photos = [photo for _, photo in opened if not isinstance(photo, Exception)]
+        own = {**options, "seed": options.get("seed", 0) + start}  # or every batch would draw the same
+        captions = iter(captioner.caption(photos, batch_size=batch_size, **own))
+        for path, photo in opened:
+            yield path, photo if isinstance(photo, Exception) else next(captions)
+
+
+def as_json(path: Path, caption: Caption) -> dict[str, Any]:
+    """A caption as JSON values; weights and gates are rounded to five digits."""
+    values = dataclasses.asdict(dataclasses.replace(caption, alternatives=()))
+    for name in ("alphas", "betas"):
+        numbers = getattr(caption, name)
+        values[name] = None if numbers is None else numbers.astype(float).round(5).tolist()
+    values["locations"] = None if caption.locations is None else caption.locations.tolist()
+    values["box"] = caption.box._asdict()
+    alternatives = [{"text": c.text, "score": c.score} for c in caption.alternatives]
+    return {"image": str(path), **values, "alternatives": alternatives}
+
+
+def draws(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> bool:
+    """Draw the per-word attention and say where; whether that went well: other photos are not lost if it did not."""
+    try:
+        said = write_overlay(path, caption, options, taken) if caption.words else "no words to overlay"
+    except (ValueError, OSError) as error:
+        print(f"caption: {path}: no overlay: {one_line(error)}", file=sys.stderr)
+        return False
+    print(f"{path}: {said}", file=sys.stderr)
+    return True
+
+
+def not_to_be_replaced(files: Sequence[Path], folder: Path) -> set[str]:
+    """The names of all files in a folder if photos to be captioned lie there; else none. Case tells no names apart.
+
+    In a folder of overlays a new one replaces the old; beside the photos themselves it takes a name that is free.
+    """
+    photos_there = any(folder.samefile(place) for place in {path.parent for path in files})
+    return {path.name.casefold() for path in folder.iterdir()} if photos_there else set()
+
+
+def write_overlay(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> Path:
+    """Draw the per-word attention on the photo; two photos of one name get two files."""
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    names = (f"{path.stem}{number}.{options.overlay_format}" for number in numbers)
+    name = next(name for name in names if name.casefold() not in taken)
+    taken.add(name.casefold())
+    file = Path(options.overlay) / name
+    caption.overlay(path, file)
+    return file
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = argparse.ArgumentParser(
+        prog="caption.py",
+        description="Caption photos and show where each word looked. Standard output has a line per photo: path, tab, "
+        "caption; ' ...' ends one that was cut off at --max-length.",
+    )
+    parse.add_argument("images", nargs="+", help="image files, folders, globs")
+    parse.add_argument("--checkpoint", default="flickr8k-soft", help="folder, run, or name of a pretrained one")
+    own, said = argparse.SUPPRESS, "default: the checkpoint's own"
+    parse.add_argument("--beam-size", type=int, default=own, help=said)
+    parse.add_argument("--num-captions", type=int, default=own, help="print the N best, one per line")
+    parse.add_argument("--max-length", type=int, default=own, help=said)
+    parse.add_argument("--length-penalty", type=float, default=own, help=said)
+    parse.add_argument("--no-repeat-ngram", type=int, default=own, help=said)
+    parse.add_argument("--sample", action="store_true", default=own, help="draw captions at random, do not search")
+    parse.add_argument("--temperature", type=float, default=own, help="of --sample")
+    parse.add_argument("--top-k", type=int, default=own, help="of --sample")
+    parse.add_argument("--top-p", type=float, default=own, help="of --sample")
+    parse.add_argument("--location", choices=LOCATIONS, default=own, help="where hard attention looks")
+    parse.add_argument("--paths", type=int, default=own, help="of --location sample: the mean over so many")
+    parse.add_argument(
+        "--mirror", action=argparse.BooleanOptionalAction, default=own, help="look at the mirrored photo, too"
+    )
+    sides = "look at the photo at each of the sizes that the model learned from"
+    parse.add_argument("--multi-scale", action=argparse.BooleanOptionalAction, default=own, help=sides)
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument(
+        "--overlay",
+        metavar="DIR",
+        help="draw each photo's per-word attention here, over what has its name; among the photos, under free names",
+    )
+    parse.add_argument(
+        "--overlay-format",
+        choices=[ending.removeprefix(".") for ending in OVERLAYS],
+        default="png",
+        help="one tile per word, an animation, or a page on which words are pointed at",
+    )
+    parse.add_argument("--head", type=int, help="whose attention is shown, from 0; by default the mean of all heads")
+    parse.add_argument("--json", metavar="FILE", help="write everything, attention included; - is standard output")
+    parse.add_argument("--words", action="store_true", help="also print each word's log-probability, gate and place")
+    parse.add_argument("--batch-size", type=int, default=16)
+    parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parse
+
+
+def one_line_name(path: Path) -> str:
+    """A path that neither ends its line nor its field."""
+    return str(path).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+
+
+def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
+    """Make the folders that will be written to, before the work is done."""
+    if options.overlay:
+        make_folder(Path(options.overlay), f"--overlay {options.overlay}")
+    if options.json and options.json != "-":
+        make_place(Path(options.json), "--json")
+        if Path(options.json).exists() and any(path.samefile(options.json) for path in files):
+            raise ValueError(f"--json {options.json}: is a photo to be captioned; give another file to write")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Caption every file; 2 if one of them could not be read, or its overlay not be drawn."""
+    files = image_files(options.images)
+    captioner = load_captioner(options.checkpoint, device=options.device, head=options.head)
+    if options.overlay and not captioner.attends:
+        raise ValueError(f"--overlay: {options.checkpoint} has no attention to draw (its decoder attends to nothing)")
+    make_folders(options, files)
+    search = {**given(options, SearchConfig), "seed": options.seed}
+    lines = sys.stderr if options.json == "-" else sys.stdout
+    results, failed = [], 0
+    taken = not_to_be_replaced(files, Path(options.overlay)) if options.overlay else set()
+    for path, caption in captions_of(captioner, files, options.batch_size, search):
+        if isinstance(caption, Exception):
+            print(f"caption: {caption}", file=sys.stderr)
+            failed += 1
+            continue
+        for each in (caption, *caption.alternatives):
+            print(f"{one_line_name(path)}\t{each.text}{'' if each.finished else ' ...'}", file=lines)
+        if options.words:
+            print_words(caption, lines)
+        if options.overlay:
+            failed += not draws(path, caption, options, taken)
+        if options.json:
+            results.append(as_json(path, caption))
+    if options.json == "-":
+        print(json.dumps(results))
+    elif options.json:
+        with fresh_file(Path(options.json)) as partial:
+            partial.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    return 2 if failed else 0
+
+
+def print_words(caption: Caption, lines: Any) -> None:
+    """One line per word: log p, the gate, and the cell that it looked at, or looked at most."""
+    for t, word in enumerate(caption.words):
+        line = f"  {word:<16} log p {caption.log_probs[t]:7.3f}"
+        if caption.betas is not None:
+            line += f"   beta {caption.betas[t]:.2f}"
+        if caption.alphas is not None:
+            _, rows, columns = caption.alphas.shape
+            cells = [caption.alphas[t].argmax()] if caption.locations is None else caption.locations[t]
+            for i, (row, column) in enumerate(divmod(int(cell), columns) for cell in dict.fromkeys(map(int, cells))):
+                line += "   looked most" if caption.locations is None else " and" if i else "   looked"
+                line += f" at row {row + 1} of {rows}, column {column + 1} of {columns}"
+                line += f" ({caption.alphas[t, row, column]:.0%})"
+        print(line, file=lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 after a mistake, which it says in one line."""
+    keep_memory()
+    print_every_letter()
+    try:
+        code = run(parser().parse_args(arguments))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("caption: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"caption: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
