@@ -93,6 +93,8 @@ def test_every_system_and_seed_is_trained_for_its_steps_scored_and_tabled(call, 
     # Six steps are an epoch and a half: two validations, and a schedule that ends with the sixth.
     found = progress(tmp_path / "out" / "looks" / "seed1")
     assert (found["step"], len(found["history"])) == (6, 2)
+    assert float(rows[4]["minutes"]) == pytest.approx(found["seconds"] / 60)
+    assert float(rows[4]["words/s"]) == pytest.approx(found["words"] / found["seconds"])
     settings = json.loads((tmp_path / "out" / "looks" / "seed1" / "run" / "settings.json").read_text())
     assert (settings["max_steps"], settings["epochs"], settings["seed"]) == (6, 2, 1)
     data = CaptionData(tiny_annotations)

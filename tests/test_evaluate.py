@@ -19,6 +19,7 @@ from captioning.evaluate import check_fits, main
 from captioning.metrics import java_found
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import build_encoder
+from captioning.vocabulary import END
 from preprocess.build import BuildSettings, build
 from preprocess.sources import shapes
 
@@ -206,6 +207,19 @@ def test_a_checkpoint_is_scored_with_its_own_search_and_the_table_says_which(
         assert (code, said["beam_size"], said["search"]["length_penalty"]) == (0, beam, 0.5)
         captions = [entry["caption"].split() for entry in json.loads((tmp_path / "r.json").read_text())]
         assert max(map(len, captions)) == length
+
+
+@pytest.mark.usefixtures("no_java")
+@pytest.mark.parametrize(("end", "unfinished"), [(-1e4, 4), (1e4, 0)], ids=["never ends", "ends at once"])
+def test_captions_that_found_no_end_are_counted(end, unfinished, call, tiny_checkpoint, tiny_annotations, tmp_path):
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        checkpoint.model.decoder.get_parameter("L_o.bias")[END] = end
+    save_checkpoint(tmp_path / "x", checkpoint)
+    words = ("--data", tiny_annotations, "--beam-size", 1, "--max-length", 3, "--tokenizer", "python")
+    code, out, _ = call("--checkpoint", tmp_path / "x", *words)
+    assert (code, json.loads(out[-1])["unfinished"]) == (0, unfinished)
+    assert f"unfinished: {unfinished}" in out
 
 
 @pytest.mark.usefixtures("no_java")

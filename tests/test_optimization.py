@@ -9,6 +9,7 @@ from tiny_runs import TINY, tiny_settings
 from torch import nn
 
 from captioning import training
+from captioning.checkpoint import load_checkpoint
 from captioning.config import OptimizerConfig
 from captioning.data import Batch, CaptionDataset, load_batches
 from captioning.optimization import OPTIMIZERS, build_optimizer, moving_average
@@ -85,7 +86,7 @@ def test_the_moving_average_by_hand():
     assert average.module.weight.item() == pytest.approx(4.0, abs=1e-6)  # an old one keeps half
 
 
-def test_the_average_follows_the_weights_and_is_what_is_validated_and_kept(tiny_data, tmp_path):
+def test_the_average_follows_the_weights_and_is_what_is_validated_and_kept(tiny_data, tmp_path, monkeypatch):
     run = start_run(tiny_data, tmp_path / "run", average_decay=0.9)
     batch = first_batch(run)
     name = "decoder.L_o.weight"
@@ -97,4 +98,16 @@ def test_the_average_follows_the_weights_and_is_what_is_validated_and_kept(tiny_
     assert run.evaluated is run.average.module
     assert not torch.equal(*weights)
     torch.testing.assert_close(run.evaluated.get_parameter(name).detach(), weights[0].lerp(weights[1], 9 / 11))
+    search, validated = training.caption_split, []
+
+    def search_and_note(model, *rest, **options):
+        validated.append(model)
+        return search(model, *rest, **options)
+
+    monkeypatch.setattr(training, "caption_split", search_and_note)
+    training.validate(run)
+    assert validated == [run.average.module]
+    kept = load_checkpoint(tmp_path / "run" / "best").model.get_parameter(name)
+    assert torch.equal(kept, run.average.module.get_parameter(name))
+    assert not torch.equal(kept, run.model.get_parameter(name))
     assert start_run(tiny_data, tmp_path / "plain", average_decay=0.0).average is None

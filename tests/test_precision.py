@@ -3,19 +3,23 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import TINY_ENCODER
 from photo_folders import ENCODER, command, photos
 from tiny_runs import tiny_settings
 
 from captioning import training
 from captioning.checkpoint import load_checkpoint
 from captioning.compare import systems
+from captioning.config import Settings
 from captioning.data import CaptionData
 from captioning.precision import number_format, slow_choice
-from captioning.run import start
+from captioning.run import start, start_accelerator
 from preprocess.__main__ import main
+from preprocess.encode import Annotator
 
 SLOW = "precision=bf16: this processor has no instructions for it"
 
@@ -87,6 +91,32 @@ def test_a_run_goes_on_in_the_numbers_that_it_began_with(capable, tiny_data, tmp
     capable()
     with pytest.raises(ValueError, match="--resume: precision was 'bf16' and is now 'fp32'"):
         start(again)
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_it", "made_in"),
+    [
+        ("bf16", False, torch.bfloat16),
+        ("fp32", True, torch.float32),
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+    ],
+)
+def test_the_products_of_a_run_are_made_of_its_precision(asked, has_it, made_in, capable):
+    capable(avx512_bf16=has_it)
+    _, accelerator = start_accelerator(Settings("d.h5", "runs/x", precision=asked))
+    with accelerator.autocast():
+        assert (torch.ones(2, 3) @ torch.ones(3, 2)).dtype == made_in
+
+
+def test_the_products_of_an_annotator_are_made_of_its_precision():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    fp32, bf16 = (Annotator(TINY_ENCODER, precision=name, device="cpu", seed=0) for name in ("fp32", "bf16"))
+    with torch.inference_mode():
+        exact = fp32.encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2)).half().numpy()
+    assert np.array_equal(fp32([pixels]), exact)
+    error = np.linalg.norm(bf16([pixels]) - exact.astype(np.float64)) / np.linalg.norm(exact.astype(np.float64))
+    assert 2**-11 < error < 0.02  # more than float16 rounds; every layer rounds by up to 2**-9 in bf16
 
 
 def test_a_comparison_is_planned_with_what_auto_comes_to(capable, tiny_data, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import STEPS, TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 from captioning import training
-from captioning.checkpoint import load_checkpoint
-from captioning.run import plan, start
+from captioning.checkpoint import TrainingState, load_checkpoint
+from captioning.config import LossConfig, RegionEncoderConfig, to_dict
+from captioning.run import check_same_run, plan, start
 
 
 @pytest.mark.parametrize("stop_after", range(1, STEPS))
@@ -133,10 +135,13 @@ def test_the_curves_of_a_resumed_run_keep_what_the_last_epoch_ended_with(tiny_da
 
 @pytest.mark.parametrize(("max_steps", "batches"), [(3, [3, 0]), (4, [4, 0]), (6, [4, 2]), (8, [4, 4]), (99, [4, 4])])
 def test_max_steps_ends_the_run_and_its_schedule(max_steps, batches, tiny_data, tmp_path):
-    settings = tiny_settings(tiny_data, tmp_path / "run", max_steps=max_steps)
+    optimizer = dataclasses.replace(TINY["optimizer"], warmup_steps=0, schedule="linear")
+    settings = tiny_settings(tiny_data, tmp_path / "run", max_steps=max_steps, optimizer=optimizer)
     run = start(settings)
     assert [len(plan(settings, run.data, epoch=epoch)) for epoch in range(2)] == batches
     assert run.total_steps == sum(batches)
+    run.progress.step = 3
+    assert run.rate_factor() == pytest.approx(1 - 3 / sum(batches))
 
 
 @pytest.mark.parametrize("stop_after", [2, 5, 6])
@@ -176,10 +181,43 @@ def test_a_run_of_an_older_version_is_resumed(whole_run, tiny_data, tmp_path):
         start(tiny_settings(tiny_data, tmp_path / "run", resume=True))
 
 
-def test_a_resumed_run_may_not_change_what_the_weights_depend_on(whole_run, tiny_data):
-    settings = tiny_settings(tiny_data, whole_run, resume=True, batch_size=4)
-    with pytest.raises(ValueError, match="--resume: batch_size was 8 and is now 4"):
-        training.train(settings)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("encoder", dataclasses.replace(TINY["encoder"], batch_norm="frozen")),
+        ("region_encoder", RegionEncoderConfig(positions="sinusoidal")),
+        ("decoder", dataclasses.replace(TINY["decoder"], dropout=0.2)),
+        ("loss", LossConfig(lambda_ds=0.5)),
+        ("optimizer", dataclasses.replace(TINY["optimizer"], clip_norm=1.0)),
+        ("epochs", 3),
+        ("max_steps", 7),
+        ("batch_size", 4),
+        ("captions_per_image", 3),
+        ("augment", "none"),
+        ("seed", 1),
+    ],
+)
+def test_a_resumed_run_may_not_change_what_the_weights_depend_on(name, value, whole_run, tiny_data):
+    before, now = tiny_settings(tiny_data, whole_run), tiny_settings(tiny_data, whole_run, resume=True, **{name: value})
+    was, is_now = (to_dict(settings)[name] for settings in (before, now))
+    with pytest.raises(ValueError, match=re.escape(f"--resume: {name} was {was!r} and is now {is_now!r}")):
+        start(now)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data", "elsewhere.h5"),
+        ("init_from", "what has gone"),
+        ("validation", dataclasses.replace(TINY["validation"], every=2)),
+        ("workers", 2),
+        ("save_every", 3),
+        ("threads", 5),
+    ],
+)
+def test_a_resumed_run_may_change_where_it_reads_and_how_it_is_saved_and_validated(name, value, whole_run, tiny_data):
+    state = TrainingState.load(whole_run / "last")
+    check_same_run(dataclasses.replace(tiny_settings(tiny_data, whole_run, resume=True), **{name: value}), state)
 
 
 def test_a_run_that_goes_on_elsewhere_says_that_its_bits_will_differ(whole_run, tiny_data, tmp_path, capsys):
