@@ -11,7 +11,7 @@ from captioning.settings import parse_settings
 from preprocess.shapes import make_scene
 
 MEASURED = {
-    "flickr8k_hard": "b6ecc177086c",
+    "flickr8k_hard": "0ff0bee8ee9c",
     "flickr8k_hard_tuned": "b653b81b3ee3",
     "flickr8k_soft": "3cefeff8b1e4",
     "flickr8k_soft_finetuned": "05d058a90343",
