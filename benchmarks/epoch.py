@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         share = train_epoch(run, {"now": False})
         rate = run.progress.words / run.progress.seconds
         run.accelerator.end_training()
-        if run.writer is not None:
-            run.writer.close()
+        run.close()
     what = f"{chosen.config}, {run.progress.step} steps, {run.settings.precision}"
     lines = [
         Line(what, f"{share:.2%} of the time waiting", share, "of the time", "-", ("<=", 0.03)),

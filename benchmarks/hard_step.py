@@ -30,6 +30,7 @@ from captioning.run import plan, start, training_set
 from captioning.settings import parse_settings
 from captioning.training import train_step
 
+BATCH = ["--batch_size", "8", "--captions_per_image", "5"]
 BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
 STEPS = {
     "soft": (None, None),
@@ -43,8 +44,8 @@ STEPS = {
 def words_of(hard: HardConfig | None) -> list[str]:
     """Its options of train.py."""
     if hard is None:
-        return ["--config", "flickr8k_soft"]
-    return ["--config", "flickr8k_hard", "--hard.samples", str(hard.samples), "--hard.baseline", hard.baseline]
+        return ["--config", "flickr8k_soft", *BATCH]
+    return ["--config", "flickr8k_hard", *BATCH, "--hard.samples", str(hard.samples), "--hard.baseline", hard.baseline]
 
 
 def mean_nll(decoder: Decoder, a: Tensor, words: Tensor) -> Tensor:
@@ -80,9 +81,8 @@ def decoder_step(sizes: Sizes, hard: HardConfig | None) -> Callable[[], None]:
 def stepper(words: Sequence[str], batches: int) -> tuple[Callable[[], None], int]:
     """Makes the first steps of a run, again and again; and how many they are."""
     run = start(parse_settings(words))
-    if run.writer is not None:
-        run.writer.close()
-        run.writer = None
+    run.close()
+    run.writer = None
     planned = in_turns(plan(run.settings, run.data, epoch=0))[:batches]
     loader = load_batches(training_set(run), planned, captions_per_image=run.settings.captions_per_image)
     loaded = list(loader)

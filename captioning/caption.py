@@ -1,7 +1,7 @@
 """Caption photos and show where each word looked.
 
-    python caption.py photo.jpg --overlay overlays/
-    python caption.py photos/ 'more/*.png' --checkpoint runs/x/best --beam-size 5 --json captions.json
+    python -m captioning.caption photo.jpg --overlay overlays/
+    python -m captioning.caption photos/ 'more/*.png' --checkpoint runs/x/best --beam-size 5 --json captions.json
 
 Standard output has one line per photo: its path, a tab, the caption.
 """
@@ -89,9 +89,9 @@ def draws(path: Path, caption: Caption, options: argparse.Namespace, taken: set[
     try:
         said = write_overlay(path, caption, options, taken) if caption.words else "no words to overlay"
     except (ValueError, OSError) as error:
-        print(f"caption: {path}: no overlay: {one_line(error)}", file=sys.stderr)
+        print(f"caption: {one_line(path)}: no overlay: {one_line(error)}", file=sys.stderr)
         return False
-    print(f"{path}: {said}", file=sys.stderr)
+    print(one_line(f"{path}: {said}"), file=sys.stderr)
     return True
 
 
@@ -118,7 +118,7 @@ def write_overlay(path: Path, caption: Caption, options: argparse.Namespace, tak
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(
-        prog="caption.py",
+        prog="python -m captioning.caption",
         description="Caption photos and show where each word looked. Standard output has a line per photo: path, tab, "
         "caption; ' ...' ends one that was cut off at --max-length.",
     )
@@ -189,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
     taken = not_to_be_replaced(files, Path(options.overlay)) if options.overlay else set()
     for path, caption in captions_of(captioner, files, options.batch_size, search):
         if isinstance(caption, Exception):
-            print(f"caption: {caption}", file=sys.stderr)
+            print(f"caption: {one_line(caption)}", file=sys.stderr)
             failed += 1
             continue
         for each in (caption, *caption.alternatives):

@@ -221,7 +221,7 @@ def ensemble_members(folder: Path) -> tuple[str, ...]:
     except ValueError as error:
         raise ValueError(f"{path}: members: {error}") from error
     if len({name.casefold() for name in found}) < len(found):
-        raise ValueError(f"{path}: members: each name may come once (got {', '.join(found)})")
+        raise ValueError(f"{path}: members: each name may come once, in whatever case (got {', '.join(found)})")
     return found
 
 
@@ -279,7 +279,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse numbers that are not finite, or not in float32."""
+    """Refuse numbers that are not finite once they are float32."""
     broken = next(
         (name for name, x in tensors.items() if x.is_floating_point() and not x.float().isfinite().all()), None
     )

@@ -1,6 +1,7 @@
 """What a setting may be: each check is one line that names the field, the value and what is allowed."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,13 @@ def fraction(owner: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(owner, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1) (got {getattr(owner, name)})")
+
+
+def finite(owner: object, *names: str) -> None:
+    """Refuse infinities and what is no number."""
+    for name in names:
+        if not math.isfinite(getattr(owner, name)):
+            raise ValueError(f"{name} must be finite (got {getattr(owner, name)})")
 
 
 def not_negative(owner: object, *names: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from captioning.checks import at_most, fraction, not_negative, positive, unread
+from captioning.checks import at_most, finite, fraction, not_negative, positive, unread
 from captioning.console import one_line
 from captioning.model_config import DecoderConfig, EncoderConfig, RegionEncoderConfig
 
@@ -85,6 +85,7 @@ class HardConfig:
     def __post_init__(self) -> None:
         positive(self, "samples")
         not_negative(self, "lambda_r")
+        finite(self, "lambda_e")
         fraction(self, "expectation_probability")
         if self.baseline == "leave_one_out" and self.samples < 2:
             raise ValueError(f"baseline='leave_one_out' needs samples of at least 2 (got {self.samples})")
@@ -160,6 +161,7 @@ MAX_BEAM = 10_000
 """Most hypotheses, captions and paths of an image."""
 MAX_WORDS = 1_000
 """Longest caption that is searched."""
+MAX_LENGTH_PENALTY = 100
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class SearchConfig:
         positive(self, "beam_size", "max_length", "num_captions", "temperature", "paths")
         at_most(self, MAX_BEAM, "beam_size", "num_captions", "paths")
         at_most(self, MAX_WORDS, "max_length")
-        at_most(self, 100, "length_penalty")
+        at_most(self, MAX_LENGTH_PENALTY, "length_penalty")
         not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1] (got {self.top_p})")
@@ -356,7 +358,7 @@ def from_dict(kind: type[T], values: Any, where: str) -> T:
     """Read a config back, strictly: unknown fields and wrong types are refused.
 
     Args:
-        kind: one of this module's dataclasses.
+        kind: a dataclass of settings.
         values: what JSON gave.
         where: file and field, for the error.
 

@@ -3,12 +3,12 @@
 import io
 import sys
 
-from captioning.tokenization import one_line as _one_line
+_STEERING = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message on a single line without control characters, whatever file its words came from."""
-    return _one_line(str(error))
+def one_line(message: object) -> str:
+    """A message on a single line without control characters, whatever file its words came from."""
+    return " ".join(str(message).translate(_STEERING).split())
 
 
 def print_every_letter() -> None:

@@ -21,8 +21,8 @@ from captioning.config import EncoderConfig, from_dict
 from captioning.hdf5 import (
     check_images,
     grid_attribute,
+    item_within,
     json_attribute,
-    own,
     own_dataset,
     own_tensors,
     texts,
@@ -87,6 +87,8 @@ class CaptionData:
                 self._read_tables(file)
         except OSError as error:
             raise ValueError(f"{path}: not an HDF5 file: {error}") from error
+        except (KeyError, TypeError, RuntimeError) as error:  # h5py's, of what is damaged or of no known type
+            raise ValueError(f"{path}: cannot be read: {error}") from error
 
     def _read_tables(self, file: h5py.File) -> None:
         schema = file.attrs.get("schema")
@@ -117,9 +119,10 @@ class CaptionData:
         self.encoder: EncoderConfig | None = None
         if self.kind == PIXELS:
             side = min([*self.image_shape[:1], MAX_SIDE])
-            check_images(images, ("uint8",), (len(self.names), side, side, 3), f"{len(self.names)} square RGB images")
+            what = f"{len(self.names)} square RGB images of at most {MAX_SIDE} pixels a side"
+            check_images(images, ("uint8",), (len(self.names), side, side, 3), what)
         else:
-            config = json_attribute(own(file, ENCODER), "config")
+            config = json_attribute(item_within(file, ENCODER), "config")
             self.encoder = from_dict(EncoderConfig, config, f"{self.path}: encoder")
             self._check_views(file, self.encoder)
 
@@ -144,9 +147,9 @@ class CaptionData:
             (FIRST_WORD, self._first_word, len(self._raw), len(self._words)),
         )
         for name, first, rows, end in tables:
-            if len(first) != rows + 1 or first[0] != 0 or first[-1] != end or (np.diff(first) < 0).any():
+            if len(first) != rows + 1 or first[0] != 0 or first[-1] != end or (first[1:] < first[:-1]).any():
                 raise ValueError(f"{self.path}: {name}: must be {rows + 1} numbers that rise from 0 to {end}")
-        silent = np.flatnonzero(np.diff(self._first_caption) == 0)
+        silent = np.flatnonzero(self._first_caption[1:] == self._first_caption[:-1])
         if len(silent):
             raise ValueError(f"{self.path}: {FIRST_CAPTION}: image {silent[0]} has no caption")
         twice = next((name for name, count in Counter(self.names).items() if count > 1), None)
@@ -187,7 +190,7 @@ class CaptionData:
         Raises:
             ValueError: they have not.
         """
-        same = all(own == other for own, other in zip(self.grids, grids, strict=False))
+        same = all(stored == made for stored, made in zip(self.grids, grids, strict=False))
         if self.kind == ANNOTATIONS and not (same and self.image_shape[-1] == dim):
             raise ValueError(
                 f"{self.path}: holds vectors of {self.image_shape[-1]} numbers on grids of {self.grids}, and the "
@@ -214,20 +217,22 @@ class CaptionData:
         """Pixels (3, S, S) uint8, of one size at every scale, or the view's annotation vectors (L, D) float16.
 
         Raises:
-            ValueError: the vectors are not finite; names file, dataset and image.
+            ValueError: it cannot be read, or the vectors are not finite; names file, dataset and image.
         """
-        if self._file is None:
-            self._file = h5py.File(self.path, "r")
+        name = PIXELS if self.encoder is None else annotations_name(self.encoder, view)
+        where = f"{self.path}: {name}: image {image} ({self.names[image]!r})"
+        try:
+            if self._file is None:
+                self._file = h5py.File(self.path, "r")
+            values = torch.from_numpy(self._file[name][image])
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
         if self.encoder is None:
-            pixels = torch.from_numpy(self._file[PIXELS][image]).permute(2, 0, 1)
+            pixels = values.permute(2, 0, 1)
             return pixels.flip(-1) if view.mirrored else pixels
-        name = annotations_name(self.encoder, view)
-        vectors = torch.from_numpy(self._file[name][image])
-        if not vectors.isfinite().all():
-            raise ValueError(
-                f"{self.path}: {name}: image {image} ({self.names[image]!r}) has values that are not finite"
-            )
-        return vectors
+        if not values.isfinite().all():
+            raise ValueError(f"{where} has values that are not finite")
+        return values
 
     def encoder_state(self) -> dict[str, Tensor]:
         """State dict of the network that made the annotation vectors.
@@ -235,9 +240,12 @@ class CaptionData:
         Raises:
             ValueError: it does not lie in the file, is far too large, or is not finite; names file and tensor.
         """
-        with h5py.File(self.path, "r") as file:
-            tensors = own_tensors(file, ENCODER)
-        return {name.replace("/", "."): torch.from_numpy(x) for name, x in tensors.items()}
+        try:
+            with h5py.File(self.path, "r") as file:
+                tensors = own_tensors(file, ENCODER)
+            return {name.replace("/", "."): torch.from_numpy(x) for name, x in tensors.items()}
+        except (OSError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.path}: {ENCODER}: cannot be read: {error}") from error
 
 
 class Sample(NamedTuple):

@@ -255,7 +255,8 @@ def beam_search(decoder: Decoder, a: Vectors, config: SearchConfig) -> list[list
     _add_open(finished, traces, totals, config)
     if not all(finished):
         raise ValueError(
-            f"image {finished.index([])} of {n}: no word has a probability; weights or annotation vectors are broken"
+            f"image {finished.index([]) + 1} of {n} in its batch: no word has a probability; weights or annotation "
+            "vectors are broken"
         )
     return [found[:width] for found in _hypotheses(traces, finished)]
 

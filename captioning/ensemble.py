@@ -35,7 +35,7 @@ def build_ensemble(members: Sequence[str], *, mirror: bool = False) -> Ensemble:
     ]
     names = tuple(member_name(name) for name, _ in pairs)
     if len({name.casefold() for name in names}) < len(names):  # which some file systems do not tell apart
-        raise ValueError(f"each member needs a name of its own (got {', '.join(names)})")
+        raise ValueError(f"each member needs a name of its own, in whatever case (got {', '.join(names)})")
     found = tuple(load_checkpoint(checkpoint_folder(path)) for _, path in pairs)
     own, several = found[0].search, any(member.search.multi_scale for member in found)
     return Ensemble(found, dataclasses.replace(own, mirror=mirror or own.mirror, multi_scale=several), names)

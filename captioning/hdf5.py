@@ -15,7 +15,7 @@ MOST_BYTES = 2**32
 """Largest table that is read whole."""
 
 
-def own(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
+def item_within(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
     """What lies under a name in the file itself."""
     parts = name.split("/")
     for i in range(len(parts)):
@@ -25,6 +25,8 @@ def own(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
         if not isinstance(link, h5py.HardLink):
             raise ValueError(f"{file.filename}: {name}: is a link; everything must lie in the file itself")
     item = file[name]
+    if isinstance(item, h5py.Dataset) and item.shape is None:
+        raise ValueError(f"{file.filename}: {name}: holds nothing")
     if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
         raise ValueError(f"{file.filename}: {name}: is stored elsewhere; everything must lie in the file itself")
     return item
@@ -32,7 +34,7 @@ def own(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
 
 def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     """A dataset that lies in the file itself."""
-    item = own(file, name)
+    item = item_within(file, name)
     if not isinstance(item, h5py.Dataset):
         raise ValueError(f"{file.filename}: {name}: must hold numbers or text, and is a group")
     return item
@@ -41,10 +43,10 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
 def own_tensors(file: h5py.File, name: str) -> dict[str, np.ndarray]:
     """The datasets in a group and in those within it, by their names there: finite numbers, all of them."""
     names: list[str] = []
-    group = own(file, name)
+    group = item_within(file, name)
     if isinstance(group, h5py.Group):
         group.visit(names.append)
-    items = {inner: item for inner in names if isinstance(item := own(file, f"{name}/{inner}"), h5py.Dataset)}
+    items = {inner: item for inner in names if isinstance(item := item_within(file, f"{name}/{inner}"), h5py.Dataset)}
     if sum(item.nbytes for item in items.values()) > MOST_BYTES:
         raise ValueError(f"{file.filename}: {name}: must be at most {MOST_BYTES:,} bytes")
     values = {inner: np.asarray(read_whole(item)) for inner, item in items.items()}
@@ -55,19 +57,18 @@ def own_tensors(file: h5py.File, name: str) -> dict[str, np.ndarray]:
 
 
 def read_whole(item: h5py.Dataset) -> Any:
-    """All values of a dataset, if they are no more than `MOST_BYTES`."""
-    if item.size is None or item.nbytes > MOST_BYTES:
-        raise ValueError(f"{_name(item)}: must hold values, at most {MOST_BYTES:,} bytes")
+    """All numbers of a dataset, if they take no more than `MOST_BYTES`."""
+    if item.nbytes > MOST_BYTES:
+        raise ValueError(f"{_name(item)}: must take at most {MOST_BYTES:,} bytes")
     return item[()]
 
 
 def whole_numbers(file: h5py.File, name: str) -> np.ndarray:
-    """A list of whole numbers, signed."""
+    """A list of whole numbers, int64 whatever they are stored in."""
     item = own_dataset(file, name)
     if item.dtype.kind not in "iu" or item.ndim != 1:
         raise ValueError(f"{_name(item)}: must be a list of whole numbers (got {_kind(item)})")
-    values = read_whole(item)
-    return values if item.dtype.kind == "i" else values.astype(np.int64)
+    return np.asarray(read_whole(item)).astype(np.int64)
 
 
 def texts(file: h5py.File, name: str) -> list[str]:
@@ -75,10 +76,18 @@ def texts(file: h5py.File, name: str) -> list[str]:
     item = own_dataset(file, name)
     if h5py.check_string_dtype(item.dtype) is None or item.ndim != 1:
         raise ValueError(f"{_name(item)}: must be a list of texts (got {_kind(item)})")
-    try:
-        return [text.decode() for text in read_whole(item)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{_name(item)}: must be UTF-8: {error}") from error
+    found: list[str] = []
+    size = item.nbytes  # of texts without a fixed length this counts none of their letters
+    for start in range(0, len(item), 1000):
+        part = item[start : start + 1000]
+        size += sum(map(len, part))
+        if size > MOST_BYTES:
+            raise ValueError(f"{_name(item)}: must take at most {MOST_BYTES:,} bytes")
+        try:
+            found += [text.decode() for text in part]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{_name(item)}: must be UTF-8: {error}") from error
+    return found
 
 
 def check_images(item: h5py.Dataset, types: tuple[str, ...], shape: tuple[int, ...], what: str) -> None:

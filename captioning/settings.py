@@ -56,7 +56,9 @@ def check_recipe(path: Path) -> None:
 
 def settings_parser() -> ArgumentParser:
     """The parser of `train.py`: a recipe (--config) whose every setting can be overridden (--loss.lambda_ds 0.5)."""
-    parser = ArgumentParser(prog="train.py", description="Train a captioner.", exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m captioning.train", description="Train a captioner.", exit_on_error=False, allow_abbrev=False
+    )
     names = ", ".join(recipes())
     parser.add_argument("--config", action="config", help=f"recipe: a name ({names}) or a YAML file")
     parser.add_class_arguments(Settings, as_group=False)

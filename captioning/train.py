@@ -1,11 +1,11 @@
 """Train a captioner.
 
 One process, on the GPU if there is one:
-    python train.py --config flickr8k_soft --data data.h5 --output runs/soft
+    python -m captioning.train --config flickr8k_soft --data data.h5 --output runs/soft
 Several GPUs, or several CPU processes:
-    torchrun --nproc-per-node 2 train.py --config flickr8k_soft --data data.h5 --output runs/soft
-Every setting can be overridden (`--help` lists them), and an interrupted run goes on where it stopped:
-    python train.py --config flickr8k_soft --data data.h5 --output runs/soft --loss.lambda_ds 0.5 --resume true
+    torchrun --nproc-per-node 2 -m captioning.train --config flickr8k_soft --data data.h5 --output runs/soft
+Every setting can be overridden (`--loss.lambda_ds 0.5`; `--help` lists them), and an interrupted run goes on where it
+stopped with the same command and `--resume true`.
 """
 
 import sys

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from captioning.checkpoint import save_checkpoint
 from captioning.config import Settings
+from captioning.console import one_line
 from captioning.data import Batch, load_batches, shard
 from captioning.diagnosis import diagnose, signal_to_noise
 from captioning.diagnostics import PATIENCE, collapse
@@ -31,7 +32,6 @@ from captioning.objective import teacher_forced
 from captioning.optimization import set_learning_rate
 from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start, training_set
 from captioning.self_critical import self_critical_sampled
-from captioning.tokenization import one_line
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error: the state was saved

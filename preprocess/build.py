@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from captioning.checks import at_most
 from captioning.config import EncoderConfig, Precision, to_dict
 from captioning.data import SPLITS
-from captioning.model_config import Fit
+from captioning.model_config import MAX_SIDE, Fit
 from captioning.tokenization import tokenize
 from captioning.vocabulary import Vocabulary
 from preprocess.encode import Annotator, Pictures, decode
@@ -64,6 +65,7 @@ class BuildSettings:
         for name in ("image_size", "min_count", "max_words", "max_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+        at_most(self, MAX_SIDE, "image_size")
         if not 0 <= self.max_missing <= 1:
             raise ValueError(f"max_missing must lie in [0, 1] (got {self.max_missing})")
         if self.seed < 0:

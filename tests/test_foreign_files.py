@@ -89,19 +89,30 @@ def test_bytes_of_another_file_are_not_read(tiny_annotations, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        (IMAGE_SPLIT, {"shape": (2 * 10**10,), "dtype": "u1", "chunks": (1,)}, "must hold values, at most"),
-        (IMAGE_SPLIT, {"data": h5py.Empty("u1")}, "must be a list of whole numbers"),
+        (IMAGE_SPLIT, {"shape": (2 * 10**10,), "dtype": "u1", "chunks": (1,)}, "must take at most 4,294,967,296 bytes"),
+        (IMAGE_SPLIT, {"data": h5py.Empty("u1")}, "holds nothing"),
+        (PIXELS, {"data": h5py.Empty("u1")}, "holds nothing"),
+        (RAW, {"shape": (2 * 10**10,), "dtype": h5py.string_dtype(), "chunks": (1,)}, "must take at most"),
         (IMAGE_SPLIT, {"data": np.zeros(40)}, r"must be a list of whole numbers \(got float64 of shape \(40,\)\)"),
         (IMAGE_SPLIT, {"data": np.full(40, -1)}, "must be 40 numbers below 3"),
         (FIRST_CAPTION, {"data": np.zeros((41, 1), int)}, "must be a list of whole numbers"),
         (FIRST_CAPTION, {"data": np.array([0, 2**63, *range(10, 205, 5)], "u8")}, "must be 41 numbers that rise"),
+        (
+            FIRST_CAPTION,
+            {"data": np.array([0, 2**63 - 1, -(2**63), *range(15, 205, 5)])},
+            "must be 41 numbers that rise",
+        ),
         (FIRST_CAPTION, {"data": np.array([0, 0, *range(10, 205, 5)])}, "image 0 has no caption"),
         (VOCABULARY, {"data": np.arange(9)}, "must be a list of texts"),
         (VOCABULARY, {"data": [b"dog", b"cat"]}, "a vocabulary must begin with <pad>"),
         (NAMES, {"data": [b"a.png"] * 40}, r"must be unique \('a\.png' comes twice\)"),
         (NAMES, {"data": [b"\xff"] * 40}, "must be UTF-8"),
         (RAW, {"data": [b"\xff"] * 200}, "must be UTF-8"),
-        (PIXELS, {"data": np.zeros((40, 8, 8, 3), "f4")}, "must be 40 square RGB images, in uint8"),
+        (
+            PIXELS,
+            {"data": np.zeros((40, 8, 8, 3), "f4")},
+            "must be 40 square RGB images of at most 4096 pixels a side, in uint8",
+        ),
         (PIXELS, {"data": np.zeros((40, 8, 9, 3), "u1")}, "must be 40 square RGB images"),
         (PIXELS, {"data": np.zeros((40, 3, 8, 8), "u1")}, "must be 40 square RGB images"),
         (PIXELS, {"shape": (40, 10**6, 10**6, 3), "dtype": "u1", "chunks": (1, 8, 8, 3)}, "must be 40 square RGB"),
@@ -287,5 +298,19 @@ def test_weights_that_make_no_probabilities_are_no_riddle(tiny_checkpoint, photo
         load_checkpoint(tmp_path / "x")
 
 
+def test_an_image_that_cannot_be_read_is_named(tiny_data, tmp_path):
+    data = CaptionData(shutil.copyfile(tiny_data, tmp_path / "x.h5"))
+    data.image(0)
+    data = CaptionData(tmp_path / "x.h5")
+    (tmp_path / "x.h5").write_bytes(b"no longer")
+    said = r"^\S*x\.h5: image/pixels: image 5 \('000005\.png'\) cannot be read: "
+    for workers in (0, 1):
+        batches = load_batches(CaptionDataset(data), [[Sample(5, (), 0)]], captions_per_image=1, workers=workers)
+        with pytest.raises(ValueError, match=said) as caught:
+            next(batches)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_a_file_says_does_not_steer_the_terminal():
     assert one_line(ValueError("x.h5: \x1b]0;title\x07\x1b[2J\nsecond")) == "x.h5: ]0;title [2J second"
+    assert one_line(Path("caf\udce9.jpg")) == "caf\udce9.jpg"  # a name that is no text stays what it is
