@@ -21,11 +21,12 @@ import torch
 
 from captioning import Caption, Captioner, load_captioner
 from captioning.api import OVERLAYS
-from captioning.config import LOCATIONS, SearchConfig, given
+from captioning.config import SearchConfig
 from captioning.console import one_line, print_every_letter
 from captioning.files import fresh_file, make_folder, make_place
 from captioning.images import EXTENSIONS, open_image
 from captioning.memory import keep_memory
+from captioning.options import add_drawing_options, add_search_options, given
 
 
 def image_files(arguments: Sequence[str]) -> list[Path]:
@@ -124,23 +125,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("images", nargs="+", help="image files, folders, globs")
     parse.add_argument("--checkpoint", default="flickr8k-soft", help="folder, run, or name of a pretrained one")
-    own, said = argparse.SUPPRESS, "default: the checkpoint's own"
-    parse.add_argument("--beam-size", type=int, default=own, help=said)
-    parse.add_argument("--num-captions", type=int, default=own, help="print the N best, one per line")
-    parse.add_argument("--max-length", type=int, default=own, help=said)
-    parse.add_argument("--length-penalty", type=float, default=own, help=said)
-    parse.add_argument("--no-repeat-ngram", type=int, default=own, help=said)
-    parse.add_argument("--sample", action="store_true", default=own, help="draw captions at random, do not search")
-    parse.add_argument("--temperature", type=float, default=own, help="of --sample")
-    parse.add_argument("--top-k", type=int, default=own, help="of --sample")
-    parse.add_argument("--top-p", type=float, default=own, help="of --sample")
-    parse.add_argument("--location", choices=LOCATIONS, default=own, help="where hard attention looks")
-    parse.add_argument("--paths", type=int, default=own, help="of --location sample: the mean over so many")
-    parse.add_argument(
-        "--mirror", action=argparse.BooleanOptionalAction, default=own, help="look at the mirrored photo, too"
-    )
-    sides = "look at the photo at each of the sizes that the model learned from"
-    parse.add_argument("--multi-scale", action=argparse.BooleanOptionalAction, default=own, help=sides)
+    add_search_options(parse)
+    add_drawing_options(parse)
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument(
         "--overlay",

@@ -393,8 +393,3 @@ def check_fields(kind: type, values: Any, where: str) -> None:
             raise ValueError(f"{where}: {name} must not be null")
         if dataclasses.is_dataclass(types[name]):
             check_fields(cast(type, types[name]), value, f"{where}.{name}")
-
-
-def given(options: object, kind: type) -> dict[str, Any]:
-    """The fields of a config class that a command line was given; argparse leaves the others out (SUPPRESS)."""
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(kind) if hasattr(options, f.name)}

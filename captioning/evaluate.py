@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from captioning.api import check_device, search_config
 from captioning.checkpoint import Checkpoint, checkpoint_folder
-from captioning.config import LOCATIONS, EncoderConfig, Location, SearchConfig, given
+from captioning.config import EncoderConfig, Location, SearchConfig
 from captioning.console import one_line
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, resizing
 from captioning.decoding import Hypothesis
@@ -34,6 +34,7 @@ from captioning.model_config import View
 from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import Encoder
+from captioning.options import add_search_options, given
 from captioning.results import read_references, read_results, select_references, write_results
 from captioning.tokenization import detokenize
 from captioning.vocabulary import Vocabulary
@@ -224,18 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--checkpoint", help="checkpoint folder, run folder, or name of a pretrained one")
     ours.add_argument("--data", help="HDF5 file made by python -m preprocess")
     ours.add_argument("--split", choices=SPLITS, help="default: val")
-    own, said = argparse.SUPPRESS, "default: the checkpoint's own"
-    ours.add_argument("--beam-size", type=int, default=own, help=said)
-    ours.add_argument("--length-penalty", type=float, default=own, help=said)
-    ours.add_argument("--max-length", type=int, default=own, help=said)
-    ours.add_argument("--no-repeat-ngram", type=int, default=own, help=said)
-    ours.add_argument("--location", choices=LOCATIONS, default=own, help="where hard attention looks")
-    ours.add_argument("--paths", type=int, default=own, help="of --location sample: the mean over so many")
-    ours.add_argument(
-        "--mirror", action=argparse.BooleanOptionalAction, default=own, help="look at the mirrored photos, too"
-    )
-    sides = "look at the photos at each of the sizes that the model learned from (encoder.scales)"
-    ours.add_argument("--multi-scale", action=argparse.BooleanOptionalAction, default=own, help=sides)
+    add_search_options(ours)
     ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
     ours.add_argument("--batch-size", type=int, default=32)
     ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

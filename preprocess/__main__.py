@@ -14,11 +14,12 @@ from typing import Any, get_args
 from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
-from captioning.config import EncoderConfig, Precision, given
+from captioning.config import EncoderConfig, Precision
 from captioning.console import one_line
 from captioning.data import SPLITS
 from captioning.files import make_place, short_name
 from captioning.memory import keep_memory
+from captioning.options import given
 from captioning.precision import slow_choice
 from captioning.vocabulary import SPECIAL
 from preprocess import sources

@@ -28,6 +28,7 @@ ORDER = (
         "console",
         "model_config",
         "config",
+        "options",
         "precision",
         "diagnostics",
         "word_classes",
