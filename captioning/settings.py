@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -41,8 +41,8 @@ def groups(kind: type = Settings, prefix: str = "") -> Iterator[str]:
             yield from groups(cast(type, inner), f"{prefix}{name}.")
 
 
-def check_recipe(path: Path) -> None:
-    """Refuse what is no setting before anything interprets it, see `check_fields`: a recipe may be somebody else's.
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe; what is none is refused before anything interprets it, see `check_fields`.
 
     Raises:
         ValueError: naming the file and the field.
@@ -51,7 +51,9 @@ def check_recipe(path: Path) -> None:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {path}: not YAML: {one_line(error)}") from error
-    check_fields(Settings, values or {}, f"--config {path}")
+    values = values or {}
+    check_fields(Settings, values, f"--config {path}")
+    return cast(dict[str, Any], values)
 
 
 def settings_parser() -> ArgumentParser:
@@ -77,8 +79,13 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         raise ValueError("--config: give one recipe")
     if "--config" in words[:-1]:  # the recipe is read first, whatever its place, so that every other word overrides it
         i = words.index("--config")
-        words = ["--config", recipe_path(words[i + 1]), *words[:i], *words[i + 2 :]]
-        check_recipe(Path(words[1]))
+        recipe = read_recipe(Path(recipe_path(words[i + 1])))
+        words = [
+            "--config",
+            yaml.safe_dump(recipe),
+            *words[:i],
+            *words[i + 2 :],
+        ]  # Windows would read the file otherwise
     known = {f"--{name}" for name in groups()}
     for option in (word.split("=")[0] for word in words):
         if option in known:

@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -161,6 +162,7 @@ def test_data_and_output_must_be_given():
         ("epochs: many\n", "epochs"),
         ("steps: 3\n", "steps"),
         ("a: [\n", "config"),
+        ("seed: 2020-01-01\n", "seed"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_the_setting(content, named, tmp_path):
@@ -168,6 +170,15 @@ def test_a_wrong_recipe_is_one_line_that_names_the_setting(content, named, tmp_p
     with pytest.raises(ValueError, match=named) as error:
         parse_settings(["--config", str(tmp_path / "mine.yaml"), *REQUIRED])
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_says_what_its_letters_and_numbers_say(tmp_path):
+    numbers = "optimizer: {learning_rate: 1e-5, encoder_learning_rate: 0.000001, clip_norm: .inf}"
+    (tmp_path / "mine.yaml").write_text(f"data: Bücher/ł.h5\noutput: x\n{numbers}\n", encoding="utf-8")
+    found = parse_settings(["--config", str(tmp_path / "mine.yaml")])
+    assert found.data == "Bücher/ł.h5"
+    optimizer = found.optimizer
+    assert (optimizer.learning_rate, optimizer.encoder_learning_rate, optimizer.clip_norm) == (1e-5, 1e-6, math.inf)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
