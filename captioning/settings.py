@@ -80,12 +80,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     if "--config" in words[:-1]:  # the recipe is read first, whatever its place, so that every other word overrides it
         i = words.index("--config")
         recipe = read_recipe(Path(recipe_path(words[i + 1])))
-        words = [
-            "--config",
-            yaml.safe_dump(recipe),
-            *words[:i],
-            *words[i + 2 :],
-        ]  # Windows would read the file otherwise
+        # what was read and checked, in ASCII: on Windows the file would be read with other letters
+        words = ["--config", yaml.safe_dump(recipe), *words[:i], *words[i + 2 :]]
     known = {f"--{name}" for name in groups()}
     for option in (word.split("=")[0] for word in words):
         if option in known:
