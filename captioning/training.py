@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from captioning.checkpoint import save_checkpoint
@@ -212,6 +212,7 @@ def validate(run: Run) -> None:
     mine = indices[run.accelerator.process_index :: run.accelerator.num_processes]
     began = time.perf_counter()
     model = run.evaluated.eval()
+    share_statistics(run, model)
     found = caption_split(
         model,
         run.data,
@@ -247,6 +248,13 @@ def validate(run: Run) -> None:
             save_checkpoint(Path(run.settings.output) / "best", as_checkpoint(run, model))
     else:
         progress.without_gain += 1
+
+
+def share_statistics(run: Run, model: nn.Module) -> None:
+    """What the first process has seen of its batches (`encoder.batch_norm: train`) counts in all; it will be saved."""
+    if run.accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def watch_attention(run: Run, indices: Sequence[int]) -> None:

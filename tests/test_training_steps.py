@@ -1,8 +1,12 @@
 """What an epoch is made of: steps in training mode, and their means."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from tiny_runs import STEPS, TINY, tiny_settings
 
 from captioning import training
@@ -31,3 +35,30 @@ def test_the_mean_of_an_epoch_is_over_its_words_or_over_its_steps(by_words, mean
     means.add({"nll": 4.0}, 10)
     assert str(means).startswith(f"nll {mean:.4f}, ")
     assert means.words == 40
+
+
+APART = """
+import sys
+from types import SimpleNamespace
+import torch
+from accelerate import Accelerator
+from captioning.training import share_statistics
+accelerator = Accelerator(cpu=True)
+norm = torch.nn.BatchNorm1d(2)
+norm.running_mean.fill_(accelerator.process_index + 1)
+norm.num_batches_tracked.fill_(accelerator.process_index + 5)
+share_statistics(SimpleNamespace(accelerator=accelerator), norm)
+assert norm.running_mean.tolist() == [1.0, 1.0] and norm.num_batches_tracked.item() == 5, accelerator.process_index
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_validate_with_the_statistics_of_the_first(tmp_path):
+    (tmp_path / "apart.py").write_text(APART)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "apart.py")], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
