@@ -5,7 +5,7 @@ docs/data_formats.md shows the layout. `preprocess.build` writes it with the nam
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -180,21 +180,24 @@ class CaptionData:
             raise ValueError(f"{self.path}: no images of split {split!r}; there are {', '.join(there)}")
         return found
 
-    def check_vectors(self, grids: Sequence[tuple[int, int]], dim: int) -> None:
+    def check_vectors(self, grids: Mapping[int, tuple[int, int]], dim: int) -> None:
         """Stored annotation vectors must have the form that their encoder gives them; pixels have none yet.
 
         Args:
-            grids: of the encoder's scales; they are compared as far as both have some.
+            grids: by the sides of the pictures, in pixels; those of sides that are not stored are passed over.
             dim: D.
 
         Raises:
             ValueError: they have not.
         """
-        same = all(stored == made for stored, made in zip(self.grids, grids, strict=False))
-        if self.kind == ANNOTATIONS and not (same and self.image_shape[-1] == dim):
+        if self.encoder is None:
+            return
+        stored = dict(zip(self.encoder.sides, self.grids, strict=True))
+        made = {side: grids.get(side, grid) for side, grid in stored.items()}
+        if stored != made or self.image_shape[-1] != dim:
             raise ValueError(
-                f"{self.path}: holds vectors of {self.image_shape[-1]} numbers on grids of {self.grids}, and the "
-                f"encoder stored beside them makes {dim} on {tuple(grids)}"
+                f"{self.path}: holds vectors of {self.image_shape[-1]} numbers on grids of {(*stored.values(),)}, and "
+                f"the encoder stored beside them makes {dim} on {(*made.values(),)}"
             )
 
     def captions_of(self, image: int) -> range:

@@ -160,7 +160,7 @@ def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
             f"({data.encoder.name}); preprocess the photos with --fit {wanted} and without --encoder, and evaluate on "
             "those pixels"
         )
-    data.check_vectors(checkpoint.model.encoder.grids, checkpoint.model.encoder.dim)
+    data.check_vectors(checkpoint.model.encoder.grid_of, checkpoint.model.encoder.dim)
 
 
 def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, images: bool = True) -> None:

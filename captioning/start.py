@@ -39,7 +39,7 @@ def start_model(
     fewest = min(h * w for h, w in model.encoder.grids)
     if settings.decoder.glimpses > fewest:
         raise ValueError(f"decoder.glimpses={settings.decoder.glimpses} must not exceed the {fewest} locations")
-    data.check_vectors(model.encoder.grids, model.encoder.dim)
+    data.check_vectors(model.encoder.grid_of, model.encoder.dim)
     if first is not None:
         load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
     return model, encoder

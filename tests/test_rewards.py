@@ -70,7 +70,7 @@ def test_references_are_the_words_that_are_scored_and_end(tiny_data):
 
 def test_words_outside_the_vocabulary_match_nothing_that_can_be_said(tiny_data):
     data = CaptionData(tiny_data)
-    data._raw[data.captions_of(0)[0]] = b"A zebra meets another zebra."
+    data._raw[data.captions_of(0)[0]] = "A zebra meets another zebra."
     first = references_with_end(data, "train")[0][0]
     size = len(data.vocabulary)
     unknown = [word for word in ("a", "zebra", "meets", "another") if word not in data.vocabulary.ids]

@@ -82,6 +82,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.network = network
+        self.grid_of = dict(grids)
         self.sides, self.grids = tuple(grids), tuple(grids.values())
         self.image_size, self.grid = self.sides[0], self.grids[0]
         self.dim = dim
