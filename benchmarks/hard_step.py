@@ -83,7 +83,6 @@ def stepper(words: Sequence[str], batches: int) -> tuple[Callable[[], None], int
     """Makes the first steps of a run, again and again; and how many they are."""
     run = start(parse_settings(words))
     run.close()
-    run.writer = None
     planned = in_turns(plan(run.settings, run.data, epoch=0))[:batches]
     loader = load_batches(training_set(run), planned, captions_per_image=run.settings.captions_per_image)
     loaded = list(loader)

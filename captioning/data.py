@@ -25,6 +25,7 @@ from captioning.hdf5 import (
     json_attribute,
     own_dataset,
     own_tensors,
+    reading,
     texts,
     whole_numbers,
 )
@@ -83,12 +84,10 @@ class CaptionData:
             raise FileNotFoundError(f"{path}: no such data file; `python -m preprocess` makes one")
         self._file: h5py.File | None = None
         try:
-            with h5py.File(self.path, "r") as file:
+            with h5py.File(self.path, "r") as file, reading(path):
                 self._read_tables(file)
         except OSError as error:
             raise ValueError(f"{path}: not an HDF5 file: {error}") from error
-        except (KeyError, TypeError, RuntimeError) as error:  # h5py's, of what is damaged or of no known type
-            raise ValueError(f"{path}: cannot be read: {error}") from error
 
     def _read_tables(self, file: h5py.File) -> None:
         schema = file.attrs.get("schema")
@@ -224,12 +223,10 @@ class CaptionData:
         """
         name = PIXELS if self.encoder is None else annotations_name(self.encoder, view)
         where = f"{self.path}: {name}: image {image} ({self.names[image]!r})"
-        try:
+        with reading(where):
             if self._file is None:
                 self._file = h5py.File(self.path, "r")
             values = torch.from_numpy(self._file[name][image])
-        except OSError as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
         if self.encoder is None:
             pixels = values.permute(2, 0, 1)
             return pixels.flip(-1) if view.mirrored else pixels
@@ -243,12 +240,9 @@ class CaptionData:
         Raises:
             ValueError: it does not lie in the file, is far too large, or is not finite; names file and tensor.
         """
-        try:
-            with h5py.File(self.path, "r") as file:
-                tensors = own_tensors(file, ENCODER)
+        with reading(f"{self.path}: {ENCODER}"), h5py.File(self.path, "r") as file:
+            tensors = own_tensors(file, ENCODER)
             return {name.replace("/", "."): torch.from_numpy(x) for name, x in tensors.items()}
-        except (OSError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.path}: {ENCODER}: cannot be read: {error}") from error
 
 
 class Sample(NamedTuple):

@@ -6,6 +6,8 @@ names file and field.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import h5py
@@ -15,20 +17,29 @@ MOST_BYTES = 2**32
 """Largest table that is read whole."""
 
 
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """What h5py and numpy say of damaged files and of types that they do not know, with the name of what was read."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+
+
 def item_within(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
     """What lies under a name in the file itself."""
-    parts = name.split("/")
+    where, parts = f"{file.filename}: {name}", name.split("/")
     for i in range(len(parts)):
         link = file.get("/".join(parts[: i + 1]), getlink=True)
         if link is None:
-            raise ValueError(f"{file.filename}: {name}: is not there")
+            raise ValueError(f"{where}: is not there")
         if not isinstance(link, h5py.HardLink):
-            raise ValueError(f"{file.filename}: {name}: is a link; everything must lie in the file itself")
+            raise ValueError(f"{where}: is a link; everything must lie in the file itself")
     item = file[name]
     if isinstance(item, h5py.Dataset) and item.shape is None:
-        raise ValueError(f"{file.filename}: {name}: holds nothing")
+        raise ValueError(f"{where}: holds nothing")
     if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
-        raise ValueError(f"{file.filename}: {name}: is stored elsewhere; everything must lie in the file itself")
+        raise ValueError(f"{where}: is stored elsewhere; everything must lie in the file itself")
     return item
 
 

@@ -117,9 +117,10 @@ class Run:
         return list(self.accelerator.reduce(torch.stack(counts).float()) / self.accelerator.num_processes)
 
     def close(self) -> None:
-        """Let go of the files that the run has open."""
+        """Let go of the files that the run has open; its curves end here."""
         if self.writer is not None:
             self.writer.close()
+            self.writer = None
         if self.lock is not None:
             self.lock.close()
 
