@@ -15,9 +15,10 @@ from captioning import training
 from captioning.checkpoint import load_checkpoint
 from captioning.compare import systems
 from captioning.config import Settings
-from captioning.data import CaptionData
+from captioning.data import CaptionData, CaptionDataset, load_batches
+from captioning.objective import teacher_forced
 from captioning.precision import number_format, slow_choice
-from captioning.run import start, start_accelerator
+from captioning.run import plan, start, start_accelerator
 from preprocess.__main__ import main
 from preprocess.encode import Annotator
 
@@ -107,6 +108,17 @@ def test_the_products_of_a_run_are_made_of_its_precision(asked, has_it, made_in,
     _, accelerator = start_accelerator(Settings("d.h5", "runs/x", precision=asked))
     with accelerator.autocast():
         assert (torch.ones(2, 3) @ torch.ones(3, 2)).dtype == made_in
+
+
+@pytest.mark.parametrize(("precision", "within"), [("bf16", True), ("fp32", False)])
+def test_the_likelihood_is_computed_in_the_precision_of_the_run(precision, within, tiny_data, tmp_path):
+    seen = []
+    run = start(tiny_settings(tiny_data, tmp_path / "run", precision=precision))
+    run.model.decoder.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    plans = plan(run.settings, run.data, epoch=0)
+    batch = next(load_batches(CaptionDataset(run.data, sides=(32,)), plans, captions_per_image=5))
+    teacher_forced(run, batch.images, batch.words)
+    assert seen == [within]
 
 
 def test_the_products_of_an_annotator_are_made_of_its_precision():
