@@ -133,6 +133,8 @@ class DecoderConfig:
             multi_head (several soft looks at once, scaled_dot with projected values; Vaswani et al., 2017).
         glimpses: how many different locations hard attention samples for a word: 1 (the paper), or more, weighed by
             their alphas; with all of them it is soft.
+        window: the share of the picture's side that a look of hard attention takes in, 0 to 1: the mean of the places
+            in a square around its location, whose side is an odd number of them; 0 (the paper) is the location alone.
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general, concat (Luong) or scaled_dot.
         values: what a look brings back: the annotations (the paper), or projected to attention_dim by a matrix.
         query: what attention_lstm asks with: state (h_{t-1}, the paper) or state_and_word, which has also read y_{t-1}.
@@ -160,6 +162,7 @@ class DecoderConfig:
     name: Literal["attention_lstm", "luong", "transformer", "lstm"] = "attention_lstm"
     attention: Literal["soft", "hard", "multi_head"] = "soft"
     glimpses: int = 1
+    window: float = 0.0
     alignment: Literal["additive", "concat", "dot", "general", "scaled_dot"] = "additive"
     values: Literal["annotations", "projected"] = "annotations"
     query: Literal["state", "state_and_word"] = "state"
@@ -183,7 +186,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         positive(self, "embedding_dim", "hidden_dim", "attention_dim", "layers", "heads", "max_positions", "glimpses")
         at_most(self, MAX_LAYERS, "layers")
-        fraction(self, "dropout", "embedding_dropout", "annotation_dropout")
+        fraction(self, "dropout", "embedding_dropout", "annotation_dropout", "window")
         strange = [name for name, readers in _READERS.items() if self.name not in readers]
         unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", strange)
         if self.name == "transformer" and self.embedding_dim != self.hidden_dim:
@@ -193,10 +196,8 @@ class DecoderConfig:
             )
         if self.attention == "multi_head" and self.alignment not in ("additive", "scaled_dot"):  # additive: not set
             raise ValueError(f"alignment={self.alignment!r} has no meaning with multi_head, which scores by scaled_dot")
-        if self.glimpses > 1 and self.attention != "hard":
-            raise ValueError(
-                f"decoder.glimpses={self.glimpses} needs decoder.attention='hard' (got {self.attention!r})"
-            )
+        if self.attention != "hard":
+            unread(self, f"needs decoder.attention='hard' (got {self.attention!r})", HARD_ONLY, prefix="decoder.")
         self._check_heads()
 
     def _check_heads(self) -> None:
@@ -207,6 +208,8 @@ class DecoderConfig:
             raise ValueError(f"decoder.heads must divide decoder.{whole} (got {self.heads} and {getattr(self, whole)})")
 
 
+HARD_ONLY = ("glimpses", "window")
+"""Fields that hard attention alone reads."""
 _READERS = {
     **dict.fromkeys(("attention", "alignment", "values", "gate"), ("attention_lstm", "luong")),
     "query": ("attention_lstm",),

@@ -6,6 +6,7 @@ from captioning.checkpoint import Checkpoint, build_model, checkpoint_folder, lo
 from captioning.config import EncoderConfig, Settings
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
 from captioning.evaluate import check_same_task, check_views
+from captioning.model_config import HARD_ONLY
 from captioning.models.captioner import CaptioningModel
 from captioning.reward_baselines import BASELINES, Baseline
 
@@ -60,7 +61,7 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encode
         )
     free = [name for name in vars(first.decoder) if "dropout" in name]
     if {first.decoder.attention, settings.decoder.attention} <= {"soft", "hard"}:  # they have the same parameters
-        free += ["attention", "glimpses"]
+        free += ["attention", *HARD_ONLY]
     if first.decoder != dataclasses.replace(settings.decoder, **{name: getattr(first.decoder, name) for name in free}):
         raise ValueError(
             f"init_from={settings.init_from}: its decoder is {first.decoder}; set its fields alike (--decoder.NAME)"

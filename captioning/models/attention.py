@@ -1,11 +1,13 @@
 """From scores to a context vector: phi of Xu et al. (2015), eq. 6, and the gate beta of section 4.2.1."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
@@ -173,27 +175,34 @@ class HardAttention(ScoredAttention):
     likeliest, and z_t = sum_m w_m v_{s_tm} with w_m = alpha_{s_tm} / sum_l alpha_{s_tl}: with M = 1 it is the paper's,
     with M = L soft attention. Then z has a gradient for alpha through w, beside that of eq. 12 for what was drawn.
 
+    With a window a look takes in the places around s_t, as a glimpse of Mnih et al. (2014, section 3.1) takes in a
+    patch: v_s is the mean of their vectors (`window_means`). Where to look is still said by each place's own.
+
     Args:
         alignment: f_att.
         value: W_v, or None.
         glimpses: M.
+        window: the share of the grid's side that a look takes in at most; 0 is the place itself.
     """
 
     look: Look | None = None
 
-    def __init__(self, alignment: Alignment, value: nn.Linear | None = None, *, glimpses: int = 1):
+    def __init__(self, alignment: Alignment, value: nn.Linear | None = None, *, glimpses: int = 1, window: float = 0.0):
         super().__init__(alignment, value)
         self.glimpses = glimpses
+        self.window = window
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
         """The memory of N images, each with its coin.
 
         Raises:
-            ValueError: there are fewer locations than glimpses.
+            ValueError: there are fewer locations than glimpses, or they are no square grid to have windows.
         """
         if a.shape[1] < self.glimpses:
             raise ValueError(f"decoder.glimpses={self.glimpses} must not exceed the {a.shape[1]} locations")
         memory, look = super().prepare(a), self._look()
+        if self.window:
+            memory = memory._replace(values=window_means(memory.values, self.window))
         if not look.expectation_probability:
             return memory
         coins = torch.rand(len(a), generator=look.generator, device=a.device)
@@ -243,6 +252,24 @@ class HardAttention(ScoredAttention):
 
     def _look(self) -> Look:
         return self.look or Look("sample" if self.training else "argmax")
+
+
+def window_means(values: Float[Tensor, "N L v"], window: float) -> Float[Tensor, "N L v"]:
+    """Of every place the mean over the square of places around it; at the edges, over those that there are.
+
+    The square is as large as `window`, the share of the grid's side, lets an odd number of places be, or one place.
+
+    Raises:
+        ValueError: the L places are no square grid.
+    """
+    places = values.shape[1]
+    side = math.isqrt(places)
+    if side * side != places:
+        raise ValueError(f"decoder.window={window} needs a square grid (got {places} locations)")
+    size = max(1, int(window * side + 1e-6) - 1 | 1)
+    grid = values.transpose(1, 2).unflatten(2, (side, side))
+    means = F.avg_pool2d(grid, size, stride=1, padding=size // 2, count_include_pad=False)
+    return means.flatten(2).transpose(1, 2).contiguous()
 
 
 def drawn_in_order(log_alpha: Float[Tensor, "R L"], location: Integer[Tensor, "R M"]) -> Float[Tensor, " R"]:
@@ -334,7 +361,7 @@ def _build_scored(kind: Callable[..., ScoredAttention], config: DecoderConfig, a
 
 
 def _build_hard(config: DecoderConfig, annotation_dim: int) -> ScoredAttention:
-    return _build_scored(partial(HardAttention, glimpses=config.glimpses), config, annotation_dim)
+    return _build_scored(partial(HardAttention, glimpses=config.glimpses, window=config.window), config, annotation_dim)
 
 
 def _build_multi_head(config: DecoderConfig, annotation_dim: int) -> MultiHeadAttention:
