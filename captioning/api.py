@@ -19,6 +19,7 @@ from captioning.decoding import Hypothesis
 from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
 from captioning.model_config import Resample, View
+from captioning.models.attention import window_size
 from captioning.models.captioner import CaptioningModel
 from captioning.models.multihead import show_head
 from captioning.tokenization import detokenize
@@ -40,6 +41,8 @@ class Caption:
             one's row and column. G is the decoder's glimpses, 1 in the paper; with `mirror`, `multi_scale`, `paths` and
             in ensembles those of all that looked. None for a model without hard attention, and where it was asked for
             the mean context.
+        window: how many cells across each look took in, its location in their middle; 1 in the paper. (Where looks are
+            at grids of several sizes, on the finest of them.)
         box: the part of the photo, in its pixels, that the grid covers.
         finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
         score: what alternatives are ranked by.
@@ -52,6 +55,7 @@ class Caption:
     alphas: np.ndarray | None
     betas: np.ndarray | None
     locations: np.ndarray | None
+    window: int
     box: Box
     finished: bool
     score: float
@@ -79,7 +83,7 @@ class Caption:
         if not self.words:
             raise ValueError("this caption has no words to draw")
         seen = (to_array(_read(image)), self.words, self.alphas)
-        looked = {name: getattr(self, name) for name in ("box", "betas", "log_probs", "locations")}
+        looked = {name: getattr(self, name) for name in ("box", "betas", "log_probs", "locations", "window")}
         with fresh_file(file) as partial:
             if file.suffix == ".png":
                 visualize.overlay(*seen, title=self.text, **looked)[0].savefig(partial, format="png")
@@ -182,8 +186,10 @@ class Captioner:
     def _read_back(self, hypothesis: Hypothesis, box: Box) -> Caption:
         length = len([i for i in hypothesis.ids if i != END])
         words = self.ensemble.vocabulary.decode(hypothesis.ids)
-        alphas = hypothesis.alphas
+        alphas, window = hypothesis.alphas, 1
         if alphas is not None:  # on the finest of the grids, which are square
+            share = max(member.decoder.window for member in self.ensemble.members)
+            window = window_size(share, math.isqrt(alphas.shape[1]))
             alphas = alphas[:length].unflatten(1, (math.isqrt(alphas.shape[1]), -1)).float()
         return Caption(
             text=detokenize(words),
@@ -192,6 +198,7 @@ class Captioner:
             alphas=None if alphas is None else alphas.numpy(),
             betas=None if hypothesis.betas is None else hypothesis.betas[:length].float().numpy(),
             locations=None if hypothesis.locations is None else hypothesis.locations[:length].numpy(),
+            window=window,
             box=box,
             finished=hypothesis.finished,
             score=hypothesis.score,

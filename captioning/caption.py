@@ -195,7 +195,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_words(caption: Caption, lines: Any) -> None:
-    """One line per word: log p, the gate, and the cell that it looked at, or looked at most."""
+    """One line per word: log p, the gate, and the cell that it looked at (and how many around), or looked at most."""
     for t, word in enumerate(caption.words):
         line = f"  {word:<16} log p {caption.log_probs[t]:7.3f}"
         if caption.betas is not None:
@@ -206,6 +206,7 @@ def print_words(caption: Caption, lines: Any) -> None:
             for i, (row, column) in enumerate(divmod(int(cell), columns) for cell in dict.fromkeys(map(int, cells))):
                 line += "   looked most" if caption.locations is None else " and" if i else "   looked"
                 line += f" at row {row + 1} of {rows}, column {column + 1} of {columns}"
+                line += f", {caption.window // 2} around it" if caption.window > 1 else ""
                 line += f" ({caption.alphas[t, row, column]:.0%})"
         print(line, file=lines)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import matplotlib
 import numpy as np
@@ -23,8 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from captioning.visualize_html import html
 from captioning.visualize_scene import (
-    Cells,
-    Numbers,
+    Looked,
     Rect,
     Scene,
     blend,
@@ -77,12 +76,9 @@ def overlay(
     words: Sequence[str],
     alphas: np.ndarray | None,
     *,
-    box: Numbers | None = None,
-    betas: Numbers | None = None,
-    log_probs: Numbers | None = None,
-    locations: Cells | None = None,
     columns: int | None = None,
     title: str | None = None,
+    **looked: Unpack[Looked],
 ) -> tuple[Figure, np.ndarray]:
     """Draw the photo, then one tile per word with its attention on the photo, as in the paper's figures.
 
@@ -95,7 +91,7 @@ def overlay(
     Raises:
         ValueError: see `prepare`; or `columns` below one.
     """
-    scene = prepare(photo, words, alphas, box=box, betas=betas, log_probs=log_probs, locations=locations)
+    scene = prepare(photo, words, alphas, **looked)
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
     layout = _arrange(scene, columns, title)
@@ -181,11 +177,8 @@ def animation(
     words: Sequence[str],
     alphas: np.ndarray | None,
     *,
-    box: Numbers | None = None,
-    betas: Numbers | None = None,
-    log_probs: Numbers | None = None,
-    locations: Cells | None = None,
     longest_side: int = 480,
+    **looked: Unpack[Looked],
 ) -> list[Image.Image]:
     """Draw T + 1 frames of one size: the plain photo, then each word's attention with the sentence growing below.
 
@@ -194,16 +187,7 @@ def animation(
     Raises:
         ValueError: see `prepare`.
     """
-    scene = prepare(
-        photo,
-        words,
-        alphas,
-        box=box,
-        betas=betas,
-        log_probs=log_probs,
-        locations=locations,
-        longest_side=longest_side,
-    )
+    scene = prepare(photo, words, alphas, longest_side=longest_side, **looked)
     sentence = _Sentence(scene.words, max(240, scene.photo.shape[1]))
     frames = [sentence.frame(scene.photo, 0, "", ())]
     for index, (indices, note, cells) in enumerate(zip(scene.maps, scene.notes, scene.cells, strict=True)):

@@ -5,11 +5,12 @@ import io
 from collections.abc import Sequence
 from html import escape
 from string import Template
+from typing import Unpack
 
 import numpy as np
 from PIL import Image
 
-from captioning.visualize_scene import LEVELS, Cells, Numbers, Rect, Scene, gradient, legend_ticks, palette, prepare
+from captioning.visualize_scene import LEVELS, Looked, Rect, Scene, gradient, legend_ticks, palette, prepare
 
 _MAP_SIDE = 256
 """Maps are stored with this many pixels on the longer side; the browser enlarges them smoothly."""
@@ -109,11 +110,8 @@ def html(
     words: Sequence[str],
     alphas: np.ndarray | None,
     *,
-    box: Numbers | None = None,
-    betas: Numbers | None = None,
-    log_probs: Numbers | None = None,
-    locations: Cells | None = None,
     title: str | None = None,
+    **looked: Unpack[Looked],
 ) -> str:
     """Write a page on which pointing at a word, clicking it or an arrow key shows its attention on the photo.
 
@@ -122,7 +120,7 @@ def html(
     Raises:
         ValueError: see `prepare`.
     """
-    scene = prepare(photo, words, alphas, box=box, betas=betas, log_probs=log_probs, locations=locations)
+    scene = prepare(photo, words, alphas, **looked)
     height, width = scene.photo.shape[:2]
     layers = [_map(scene, index) + _outlines(scene, index) for index in range(len(scene.words))]
     labels = [

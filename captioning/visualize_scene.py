@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -42,6 +42,16 @@ class Rect(NamedTuple):
     bottom: float
 
 
+class Looked(TypedDict, total=False):
+    """What else is known of a caption, as `prepare` takes it."""
+
+    box: Numbers | None
+    betas: Numbers | None
+    log_probs: Numbers | None
+    locations: Cells | None
+    window: int
+
+
 @dataclass(frozen=True)
 class Scene:
     """A captioned photo, checked, shrunk and painted: what figure, animation and page are drawn from.
@@ -52,7 +62,7 @@ class Scene:
         maps: uint8 (T, H, W), indices into `palette()`.
         notes: per word its gate and probability in print, or an empty string.
         peaks: per word the largest attention drawn, in multiples of uniform.
-        cells: per word the cells that hard attention looked at, in the photo's pixels.
+        cells: per word what hard attention looked at, cells or windows of them, in the photo's pixels.
         maximum: the multiple of uniform at the top of the colour scale.
         cropped: whether a part of the photo is hatched.
     """
@@ -177,6 +187,7 @@ def prepare(
     betas: Numbers | None = None,
     log_probs: Numbers | None = None,
     locations: Cells | None = None,
+    window: int = 1,
     longest_side: int = LONGEST_SIDE,
 ) -> Scene:
     """Check the arguments of `overlay`, `animation` and `html`, shrink the photo and paint the maps.
@@ -189,6 +200,7 @@ def prepare(
         betas: (T,) gates, printed beside the words.
         log_probs: (T,) natural logarithms, printed as probabilities.
         locations: (T,) or (T, G), the cells that hard attention looked at, counted row by row; outlined.
+        window: an odd number of cells: the looks took in squares so far across, with these cells in the middle.
         longest_side: larger photos are shrunk to this many pixels.
 
     Raises:
@@ -200,6 +212,8 @@ def prepare(
     gates = _checked_list("betas", betas, len(words))
     scores = _checked_list("log_probs", log_probs, len(words))
     cells = _checked_cells(locations, len(words), alphas[0].size)
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be an odd number of cells, got {window!r}")
 
     photo, rect = _shrunk(photo, rect, longest_side)
     density = place(alphas, rect, photo.shape[:2])
@@ -211,7 +225,9 @@ def prepare(
         maps=paint(density, maximum),
         notes=tuple(_note(beta, log_prob) for beta, log_prob in zip(gates, scores, strict=True)),
         peaks=tuple(peaks.tolist()),
-        cells=tuple(tuple(_cell_rect(cell, alphas.shape[1:], rect) for cell in looked) for looked in cells),
+        cells=tuple(
+            tuple(_seen_rect(cell, alphas.shape[1:], rect, window // 2) for cell in looked) for looked in cells
+        ),
         maximum=maximum,
         cropped=bool(np.isnan(density[0]).any()),
     )
@@ -227,11 +243,13 @@ def _shrunk(photo: np.ndarray, box: Rect, longest_side: int) -> tuple[np.ndarray
     return photo, Rect(box.left * across, box.top * down, box.right * across, box.bottom * down)
 
 
-def _cell_rect(cell: int, grid: tuple[int, ...], box: Rect) -> Rect:
+def _seen_rect(cell: int, grid: tuple[int, ...], box: Rect, reach: int) -> Rect:
+    """A cell, and so many more on every side of it, as far as there are."""
     row, column = divmod(cell, grid[1])
     down, across = (box.bottom - box.top) / grid[0], (box.right - box.left) / grid[1]
-    left, top = box.left + column * across, box.top + row * down
-    return Rect(left, top, left + across, top + down)
+    left, right = max(column - reach, 0), min(column + reach + 1, grid[1])
+    top, bottom = max(row - reach, 0), min(row + reach + 1, grid[0])
+    return Rect(box.left + left * across, box.top + top * down, box.left + right * across, box.top + bottom * down)
 
 
 def _note(beta: float | None, log_prob: float | None) -> str:

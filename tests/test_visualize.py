@@ -204,6 +204,16 @@ def test_the_sampled_cell_of_hard_attention_is_outlined():
     assert (*outline.get_xy(), outline.get_width(), outline.get_height()) == (75.0, 50.0, 25.0, 25.0)
 
 
+@pytest.mark.parametrize(
+    ("location", "seen"), [(9, (50.0, 25.0, 75.0, 75.0)), (15, (100.0, 50.0, 50.0, 50.0)), (4, (50.0, 0.0, 50.0, 75.0))]
+)
+def test_the_window_around_the_cell_is_outlined_as_far_as_the_grid_goes(location, seen):
+    maps = np.full((1, 4, 4), 1 / 16)
+    _, axes = overlay(made_photo(200, 100), ["x"], maps, box=(50, 0, 150, 100), locations=[location], window=3)
+    (outline,) = axes[1].patches
+    assert (*outline.get_xy(), outline.get_width(), outline.get_height()) == seen
+
+
 def test_columns_are_obeyed():
     _, axes = overlay(made_photo(60, 40), WORDS, some_maps(), columns=4)
     assert len({round(axis.get_position().y0, 6) for axis in axes}) == 1
@@ -251,6 +261,8 @@ def test_a_model_without_attention_has_nothing_to_overlay():
         ({"locations": [0, 1]}, r"locations must have shape \(3,\) or \(3, G\), got \(2,\)"),
         ({"locations": np.zeros((3, 1, 1))}, r"locations must have shape .* got \(3, 1, 1\)"),
         ({"locations": [0, 1, 1.5]}, "locations must be whole numbers from 0 to 48"),
+        ({"window": 2}, "window must be an odd number of cells, got 2"),
+        ({"window": -1}, "window must be an odd number of cells, got -1"),
         ({"columns": 0}, "columns must be at least 1, got 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_runs import TINY, tiny_settings
 
 from captioning import training
 from captioning.api import load_captioner
+from captioning.caption import print_words
 from captioning.checkpoint import load_checkpoint
 from captioning.config import DecoderConfig, HardConfig
 from captioning.data import CaptionData
@@ -156,7 +158,7 @@ def test_a_window_needs_a_square_grid():
         attention_with(0.75).prepare(torch.zeros(1, 15, DIM, dtype=torch.float64))
 
 
-def test_a_run_with_a_window_starts_from_a_soft_model_and_captions(tiny_data, tmp_path):
+def test_a_run_with_a_window_starts_from_a_soft_model_and_captions(tiny_data, tmp_path, capsys):
     soft = training.train(tiny_settings(tiny_data, tmp_path / "soft", epochs=1))
     hard = HardConfig(baseline="leave_one_out", samples=2)
     settings = tiny_settings(tiny_data, tmp_path / "run", decoder=with_window(0.75), hard=hard, init_from=str(soft))
@@ -165,8 +167,12 @@ def test_a_run_with_a_window_starts_from_a_soft_model_and_captions(tiny_data, tm
     assert checkpoint.decoder.window == checkpoint.model.decoder.attention.window == 0.75
     photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
     caption = load_captioner(best).caption(photo, max_length=5)[0]
+    assert caption.window == 3
     for alpha, place in zip(caption.alphas.reshape(len(caption.words), -1), caption.locations, strict=True):
         assert place.tolist() == [np.argmax(alpha)]
+    print_words(caption, sys.stdout)
+    row, column = divmod(int(caption.locations[0, 0]), 4)
+    assert f"looked at row {row + 1} of 4, column {column + 1} of 4, 1 around it (" in capsys.readouterr().out
     changes = {"decoder": with_window(0.0), "init_from": str(best), "output": str(tmp_path / "next")}
     again = start(dataclasses.replace(settings, **changes)).model.state_dict()
     assert all(torch.equal(x, again[name]) for name, x in checkpoint.model.state_dict().items())

@@ -254,10 +254,13 @@ class HardAttention(ScoredAttention):
         return self.look or Look("sample" if self.training else "argmax")
 
 
-def window_means(values: Float[Tensor, "N L v"], window: float) -> Float[Tensor, "N L v"]:
-    """Of every place the mean over the square of places around it; at the edges, over those that there are.
+def window_size(window: float, side: int) -> int:
+    """The largest odd number of places that lie within a share of a grid's side; at least one."""
+    return max(1, int(window * side + 1e-6) - 1 | 1)
 
-    The square is as large as `window`, the share of the grid's side, lets an odd number of places be, or one place.
+
+def window_means(values: Float[Tensor, "N L v"], window: float) -> Float[Tensor, "N L v"]:
+    """Of every place the mean over the square of places around it, `window_size` across; at the edges, over fewer.
 
     Raises:
         ValueError: the L places are no square grid.
@@ -266,7 +269,7 @@ def window_means(values: Float[Tensor, "N L v"], window: float) -> Float[Tensor,
     side = math.isqrt(places)
     if side * side != places:
         raise ValueError(f"decoder.window={window} needs a square grid (got {places} locations)")
-    size = max(1, int(window * side + 1e-6) - 1 | 1)
+    size = window_size(window, side)
     grid = values.transpose(1, 2).unflatten(2, (side, side))
     means = F.avg_pool2d(grid, size, stride=1, padding=size // 2, count_include_pad=False)
     return means.flatten(2).transpose(1, 2).contiguous()
