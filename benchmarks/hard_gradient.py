@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -153,7 +153,8 @@ def real_batch(data_path: str, checkpoint: str, images: int) -> Oracle:
     model: Any = loaded.model.to(device).eval()
     with torch.no_grad():
         a = model.annotate(batch[0].to(device))
-    model.decoder.attention = HardAttention(model.decoder.attention.alignment, glimpses=decoder.glimpses)
+    alignment = model.decoder.attention.alignment
+    model.decoder.attention = HardAttention(alignment, glimpses=decoder.glimpses, window=decoder.window)
     return Oracle(model.decoder.eval(), a, batch[1].to(device))
 
 
@@ -200,9 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if real is not None:
         soft, many = soft_seconds(real), 4 * options.draws
         truth = mean_of(real, ESTIMATORS[CHOSEN], many)
+        one = cast(HardAttention, real.decoder.attention).glimpses == 1  # the relaxation knows no more
         rows = {
             name: measure(real, truth, hard, draws=options.draws, copies=1, soft=soft)
             for name, hard in ESTIMATORS.items()
+            if one or hard.relaxation == "none"
         }
         words = int((real.words[..., 1:] != PAD).sum())
         table(f"{options.images} images, {words} words; the truth is the mean of {many} draws", rows)

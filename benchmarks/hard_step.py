@@ -32,6 +32,8 @@ from captioning.training import train_step
 
 BATCH = ["--batch_size", "40", "--captions_per_image", "1"]
 """That of flickr8k_hard, for both recipes."""
+ONE_PLACE = ["--decoder.glimpses", "1", "--decoder.window", "0", "--hard.lambda_e", "0"]
+"""The paper's look in the place of that recipe's."""
 BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
 STEPS = {
     "soft": (None, None),
@@ -46,7 +48,8 @@ def words_of(hard: HardConfig | None) -> list[str]:
     """Its options of train.py."""
     if hard is None:
         return ["--config", "flickr8k_soft", *BATCH]
-    return ["--config", "flickr8k_hard", *BATCH, "--hard.samples", str(hard.samples), "--hard.baseline", hard.baseline]
+    estimator = ["--hard.samples", str(hard.samples), "--hard.baseline", hard.baseline]
+    return ["--config", "flickr8k_hard", *BATCH, *ONE_PLACE, *estimator]
 
 
 def mean_nll(decoder: Decoder, a: Tensor, words: Tensor) -> Tensor:

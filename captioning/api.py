@@ -41,8 +41,8 @@ class Caption:
             one's row and column. G is the decoder's glimpses, 1 in the paper; with `mirror`, `multi_scale`, `paths` and
             in ensembles those of all that looked. None for a model without hard attention, and where it was asked for
             the mean context.
-        window: how many cells across each look took in, its location in their middle; 1 in the paper. (Where looks are
-            at grids of several sizes, on the finest of them.)
+        window: how many cells across each look took in, its location in their middle; 1 in the paper. Where several
+            models look, or grids of several sizes are looked at, the widest model's on the finest grid.
         box: the part of the photo, in its pixels, that the grid covers.
         finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
         score: what alternatives are ranked by.
@@ -188,8 +188,9 @@ class Captioner:
         words = self.ensemble.vocabulary.decode(hypothesis.ids)
         alphas, window = hypothesis.alphas, 1
         if alphas is not None:  # on the finest of the grids, which are square
-            share = max(member.decoder.window for member in self.ensemble.members)
-            window = window_size(share, math.isqrt(alphas.shape[1]))
+            if hypothesis.locations is not None:
+                share = max(member.decoder.window for member in self.ensemble.members)
+                window = window_size(share, math.isqrt(alphas.shape[1]))
             alphas = alphas[:length].unflatten(1, (math.isqrt(alphas.shape[1]), -1)).float()
         return Caption(
             text=detokenize(words),

@@ -253,8 +253,8 @@ class Settings:
         output: folder of the run: best/ and last/ checkpoints, TensorBoard curves, settings.
         resume: go on where the run in `output` stopped, bit for bit.
         init_from: checkpoint folder to start from, with the same words, as many scales, the same decoder and region
-            encoder (dropout, and soft against hard attention, may differ); its encoder, too, unless the data file
-            stores annotation vectors.
+            encoder (dropout, soft against hard attention, its glimpses and window may differ); its encoder, too, unless
+            the data file stores annotation vectors.
         encoder: the CNN; must agree with the data file when that stores annotation vectors.
         region_encoder: what lies between the two.
         decoder: the language model.

@@ -132,9 +132,9 @@ class DecoderConfig:
         attention: soft (deterministic, eq. 13), hard (sampled locations, eqs. 8-9; see `HardConfig`) or
             multi_head (several soft looks at once, scaled_dot with projected values; Vaswani et al., 2017).
         glimpses: how many different locations hard attention samples for a word: 1 (the paper), or more, weighed by
-            their alphas; with all of them it is soft.
-        window: the share of the picture's side that a look of hard attention takes in, 0 to 1: the mean of the places
-            in a square around its location, whose side is an odd number of them; 0 (the paper) is the location alone.
+            their alphas; with all of them, and no window, it is soft.
+        window: the share of the picture's side that a look of hard attention takes in, from 0 to below 1: the mean of
+            the places in a square around its location, an odd number across; 0 (the paper) is the location alone.
         alignment: f_att of eq. 4: additive (the paper, Bahdanau), dot, general, concat (Luong) or scaled_dot.
         values: what a look brings back: the annotations (the paper), or projected to attention_dim by a matrix.
         query: what attention_lstm asks with: state (h_{t-1}, the paper) or state_and_word, which has also read y_{t-1}.

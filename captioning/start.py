@@ -7,6 +7,7 @@ from captioning.config import EncoderConfig, Settings
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
 from captioning.evaluate import check_same_task, check_views
 from captioning.model_config import HARD_ONLY
+from captioning.models.attention import window_size
 from captioning.models.captioner import CaptioningModel
 from captioning.reward_baselines import BASELINES, Baseline
 
@@ -40,6 +41,9 @@ def start_model(
     fewest = min(h * w for h, w in model.encoder.grids)
     if settings.decoder.glimpses > fewest:
         raise ValueError(f"decoder.glimpses={settings.decoder.glimpses} must not exceed the {fewest} locations")
+    window, across = settings.decoder.window, min(h for h, _ in model.encoder.grids)
+    if window and window_size(window, across) == 1:
+        raise ValueError(f"decoder.window={window} must take in 3 of the {across} locations across the grid, or be 0")
     data.check_vectors(model.encoder.grid_of, model.encoder.dim)
     if first is not None:
         load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})

@@ -212,7 +212,7 @@ def prepare(
     gates = _checked_list("betas", betas, len(words))
     scores = _checked_list("log_probs", log_probs, len(words))
     cells = _checked_cells(locations, len(words), alphas[0].size)
-    if window < 1 or window % 2 == 0:
+    if window < 1 or window % 2 != 1:
         raise ValueError(f"window must be an odd number of cells, got {window!r}")
 
     photo, rect = _shrunk(photo, rect, longest_side)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 
 import numpy as np
@@ -12,8 +13,8 @@ from tiny_runs import TINY, tiny_settings
 
 from captioning import training
 from captioning.api import load_captioner
-from captioning.caption import print_words
-from captioning.checkpoint import load_checkpoint
+from captioning.caption import as_json, print_words
+from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.config import DecoderConfig, HardConfig
 from captioning.data import CaptionData
 from captioning.listening import forced
@@ -22,6 +23,7 @@ from captioning.models.attention import HardAttention, Look, looking, window_mea
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
 from captioning.run import start
+from captioning.vocabulary import END
 
 SIDE, PLACES, DIM, QUERY = 4, 16, 3, 5
 
@@ -131,7 +133,17 @@ def with_window(window: float) -> DecoderConfig:
 
 @pytest.mark.parametrize(
     ("share", "side", "size"),
-    [(0.5, 10, 5), (0.5, 7, 3), (0.5, 14, 7), (0.3, 10, 3), (0.29, 10, 1), (0.1, 7, 1), (0.99, 4, 3), (0.5, 1, 1)],
+    [
+        (0.5, 10, 5),
+        (0.5, 7, 3),
+        (0.5, 14, 7),
+        (0.3, 10, 3),
+        (0.29, 10, 1),
+        (0.1, 7, 1),
+        (0.99, 4, 3),
+        (0.5, 1, 1),
+        (0.58, 50, 29),
+    ],
 )
 def test_the_window_is_the_largest_odd_square_within_its_share(share, side, size):
     corner = torch.zeros(1, side * side, 1)
@@ -158,6 +170,14 @@ def test_a_window_needs_a_square_grid():
         attention_with(0.75).prepare(torch.zeros(1, 15, DIM, dtype=torch.float64))
 
 
+def test_training_refuses_a_window_that_is_one_place(tiny_data, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"decoder\.window=0\.7 must take in 3 of the 4 locations across the grid, or be"
+    ):
+        start(tiny_settings(tiny_data, tmp_path / "run", decoder=with_window(0.7)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_with_a_window_starts_from_a_soft_model_and_captions(tiny_data, tmp_path, capsys):
     soft = training.train(tiny_settings(tiny_data, tmp_path / "soft", epochs=1))
     hard = HardConfig(baseline="leave_one_out", samples=2)
@@ -165,9 +185,19 @@ def test_a_run_with_a_window_starts_from_a_soft_model_and_captions(tiny_data, tm
     best = training.train(dataclasses.replace(settings, epochs=1))
     checkpoint = load_checkpoint(best)
     assert checkpoint.decoder.window == checkpoint.model.decoder.attention.window == 0.75
+    with torch.no_grad():
+        checkpoint.model.decoder.get_parameter("L_o.bias")[END] = -9.0  # so that it has something to say
+    save_checkpoint(tmp_path / "talkative", checkpoint)
     photo = CaptionData(tiny_data).image(0).permute(1, 2, 0).numpy()
-    caption = load_captioner(best).caption(photo, max_length=5)[0]
-    assert caption.window == 3
+    captioner = load_captioner(tmp_path / "talkative")
+    caption = captioner.caption(photo, max_length=5)[0]
+    assert caption.window == as_json(tmp_path, caption)["window"] == 3
+    assert captioner.caption(photo, max_length=5, location="expected")[0].window == 1
+    page = tmp_path / "page.html"
+    caption.overlay(photo, page)
+    widths = {float(found) for found in re.findall(r'class="cell".*? width: ([0-9.]+)%', page.read_text())}
+    assert widths <= {50.0, 75.0}
+    assert widths
     for alpha, place in zip(caption.alphas.reshape(len(caption.words), -1), caption.locations, strict=True):
         assert place.tolist() == [np.argmax(alpha)]
     print_words(caption, sys.stdout)
@@ -175,4 +205,5 @@ def test_a_run_with_a_window_starts_from_a_soft_model_and_captions(tiny_data, tm
     assert f"looked at row {row + 1} of 4, column {column + 1} of 4, 1 around it (" in capsys.readouterr().out
     changes = {"decoder": with_window(0.0), "init_from": str(best), "output": str(tmp_path / "next")}
     again = start(dataclasses.replace(settings, **changes)).model.state_dict()
-    assert all(torch.equal(x, again[name]) for name, x in checkpoint.model.state_dict().items())
+    saved = load_checkpoint(best).model.state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in saved.items())

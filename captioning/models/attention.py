@@ -173,7 +173,8 @@ class HardAttention(ScoredAttention):
 
     With M glimpses s_t are M different locations, drawn one after the other from what is left of alpha, or the M
     likeliest, and z_t = sum_m w_m v_{s_tm} with w_m = alpha_{s_tm} / sum_l alpha_{s_tl}: with M = 1 it is the paper's,
-    with M = L soft attention. Then z has a gradient for alpha through w, beside that of eq. 12 for what was drawn.
+    with M = L (and no window) soft attention. Then z has a gradient for alpha through w, beside that of eq. 12 for what
+    was drawn.
 
     With a window a look takes in the places around s_t, as a glimpse of Mnih et al. (2014, section 3.1) takes in a
     patch: v_s is the mean of their vectors (`window_means`). Where to look is still said by each place's own.
