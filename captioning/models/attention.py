@@ -177,7 +177,7 @@ class HardAttention(ScoredAttention):
     was drawn.
 
     With a window a look takes in the places around s_t, as a glimpse of Mnih et al. (2014, section 3.1) takes in a
-    patch: v_s is the mean of their vectors (`window_means`). Where to look is still said by each place's own.
+    patch: v_s is the mean of their vectors (`window_means`). The places still score by their own.
 
     Args:
         alignment: f_att.
