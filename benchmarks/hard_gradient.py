@@ -201,11 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if real is not None:
         soft, many = soft_seconds(real), 4 * options.draws
         truth = mean_of(real, ESTIMATORS[CHOSEN], many)
-        one = cast(HardAttention, real.decoder.attention).glimpses == 1  # the relaxation knows no more
+        one_glimpse = cast(HardAttention, real.decoder.attention).glimpses == 1  # the relaxation knows no more
         rows = {
             name: measure(real, truth, hard, draws=options.draws, copies=1, soft=soft)
             for name, hard in ESTIMATORS.items()
-            if one or hard.relaxation == "none"
+            if one_glimpse or hard.relaxation == "none"
         }
         words = int((real.words[..., 1:] != PAD).sum())
         table(f"{options.images} images, {words} words; the truth is the mean of {many} draws", rows)

@@ -188,10 +188,10 @@ class Captioner:
         words = self.ensemble.vocabulary.decode(hypothesis.ids)
         alphas, window = hypothesis.alphas, 1
         if alphas is not None:  # on the finest of the grids, which are square
+            side = math.isqrt(alphas.shape[1])
+            alphas = alphas[:length].unflatten(1, (side, -1)).float()
             if hypothesis.locations is not None:
-                share = max(member.decoder.window for member in self.ensemble.members)
-                window = window_size(share, math.isqrt(alphas.shape[1]))
-            alphas = alphas[:length].unflatten(1, (math.isqrt(alphas.shape[1]), -1)).float()
+                window = window_size(max(member.decoder.window for member in self.ensemble.members), side)
         return Caption(
             text=detokenize(words),
             words=tuple(words),

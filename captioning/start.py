@@ -1,9 +1,10 @@
 """What a run starts from: settings, data and checkpoints that fit together, which is known before a step is made."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from captioning.checkpoint import Checkpoint, build_model, checkpoint_folder, load_checkpoint, load_state
-from captioning.config import EncoderConfig, Settings
+from captioning.config import DecoderConfig, EncoderConfig, Settings
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
 from captioning.evaluate import check_same_task, check_views
 from captioning.model_config import HARD_ONLY
@@ -38,12 +39,7 @@ def start_model(
         region_encoder=settings.region_encoder,
         encoder_state=encoder_state,
     )
-    fewest = min(h * w for h, w in model.encoder.grids)
-    if settings.decoder.glimpses > fewest:
-        raise ValueError(f"decoder.glimpses={settings.decoder.glimpses} must not exceed the {fewest} locations")
-    window, across = settings.decoder.window, min(h for h, _ in model.encoder.grids)
-    if window and window_size(window, across) == 1:
-        raise ValueError(f"decoder.window={window} must take in 3 of the {across} locations across the grid, or be 0")
+    check_looks(settings.decoder, model.encoder.grids)
     data.check_vectors(model.encoder.grid_of, model.encoder.dim)
     if first is not None:
         load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
@@ -75,6 +71,20 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encode
             f"init_from={settings.init_from}: its region encoder is {first.region_encoder}; set its fields alike "
             "(--region_encoder.NAME)"
         )
+
+
+def check_looks(decoder: DecoderConfig, grids: Sequence[tuple[int, int]]) -> None:
+    """The looks of hard attention must fit every grid (h, w).
+
+    Raises:
+        ValueError: more glimpses than locations, or a window that is one location.
+    """
+    fewest, across = min(h * w for h, w in grids), min(h for h, _ in grids)
+    if decoder.glimpses > fewest:
+        raise ValueError(f"decoder.glimpses={decoder.glimpses} must not exceed the {fewest} locations")
+    if decoder.window and window_size(decoder.window, across) == 1:
+        window = f"decoder.window={decoder.window}"
+        raise ValueError(f"{window} must take in 3 of the {across} locations across the grid, or be 0")
 
 
 def start_baseline(settings: Settings) -> Baseline | None:
