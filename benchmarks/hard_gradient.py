@@ -29,10 +29,11 @@ from torch import Tensor
 
 from benchmarks.hard_oracle import Oracle, estimate, exact_gradient, new_baseline, small_oracle
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
+from captioning.compatibility import check_same_task
 from captioning.config import HardConfig
-from captioning.console import one_line
+from captioning.console import exit_code
 from captioning.data import CaptionData, CaptionDataset, load_batches, plan_epoch
-from captioning.evaluate import check_same_task
+from captioning.devices import default_device
 from captioning.losses import word_nll
 from captioning.models.attention import HardAttention, SoftAttention
 from captioning.reward_baselines import Baseline
@@ -149,13 +150,12 @@ def real_batch(data_path: str, checkpoint: str, images: int) -> Oracle:
     batches = plan_epoch(data, "train", captions_per_image=5, batch_size=images, seed=0, epoch=0)
     dataset = CaptionDataset(data, sides=loaded.encoder.sides, resample=loaded.encoder.resample)
     batch = next(load_batches(dataset, batches[:1], captions_per_image=5))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = loaded.model.to(device).eval()
+    model: Any = loaded.model.to(default_device()).eval()
     with torch.no_grad():
-        a = model.annotate(batch[0].to(device))
+        a = model.annotate(batch[0].to(model.device))
     alignment = model.decoder.attention.alignment
     model.decoder.attention = HardAttention(alignment, glimpses=decoder.glimpses, window=decoder.window)
-    return Oracle(model.decoder.eval(), a, batch[1].to(device))
+    return Oracle(model.decoder.eval(), a, batch[1].to(model.device))
 
 
 def table(title: str, rows: dict[str, Row]) -> None:
@@ -179,17 +179,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=8, help="in the batch, with five captions each")
     parser.add_argument("--draws", type=int, default=24, help="of each estimator on the batch")
     parser.add_argument("--oracle-draws", type=int, default=60, help="of each estimator on the oracle, 400 at a time")
-    options = parser.parse_args(arguments)
-    try:
-        if bool(options.data) != bool(options.checkpoint):
-            raise ValueError("--data and --checkpoint go together")
-        if options.images < 1 or options.draws < 2 or options.oracle_draws < 2:
-            asked = f"{options.images}, {options.draws} and {options.oracle_draws}"
-            raise ValueError(f"--images must be at least 1, --draws and --oracle-draws 2 (got {asked})")
-        real = real_batch(options.data, options.checkpoint, options.images) if options.data else None
-    except (ValueError, OSError) as error:
-        print(f"hard_gradient: {one_line(error)}", file=sys.stderr)
-        return 2
+    return exit_code("hard_gradient", lambda: _report(parser.parse_args(arguments)))
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Measure and print the tables.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    if bool(options.data) != bool(options.checkpoint):
+        raise ValueError("--data and --checkpoint go together")
+    if options.images < 1 or options.draws < 2 or options.oracle_draws < 2:
+        asked = f"{options.images}, {options.draws} and {options.oracle_draws}"
+        raise ValueError(f"--images must be at least 1, --draws and --oracle-draws 2 (got {asked})")
+    real = real_batch(options.data, options.checkpoint, options.images) if options.data else None
     oracle = small_oracle()
     soft = soft_seconds(oracle)
     truth = exact_gradient(oracle)

@@ -14,7 +14,7 @@ from captioning.losses import by_word, word_nll
 from captioning.models.attention import HardAttention
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
-from captioning.reward_baselines import BASELINES, Baseline
+from captioning.reward_baselines import Baseline, build_baseline
 from captioning.vocabulary import END, START
 
 
@@ -82,8 +82,7 @@ def marginal(oracle: Oracle) -> Float[Tensor, ""]:
 def new_baseline(oracle: Oracle, hard: HardConfig) -> Baseline:
     """The baseline of an estimator, of the decoder's precision and on its device."""
     hidden_dim = oracle.decoder.initial_state(oracle.decoder.prepare(oracle.a)).h.shape[-1]
-    baseline = BASELINES[hard.baseline](hidden_dim=hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go")
-    return baseline.to(oracle.a)
+    return build_baseline(hard, hidden_dim=hidden_dim).to(oracle.a)
 
 
 def estimate(
@@ -112,9 +111,7 @@ def estimate(
     if learn:
         loss.backward(inputs=list(baseline.parameters()), retain_graph=True)
     gradient = _flat(-loss, oracle)
-    log_p, count, captions = terms.captions
-    if captions:
-        baseline.update(log_p / captions, count / captions)
+    baseline.learn(*terms.captions)
     return gradient
 
 

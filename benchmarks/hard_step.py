@@ -25,7 +25,7 @@ from captioning.hard_objective import hard_loss
 from captioning.losses import word_nll
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
-from captioning.reward_baselines import BASELINES, Baseline
+from captioning.reward_baselines import Baseline, build_baseline
 from captioning.run import plan, start, training_set
 from captioning.settings import parse_settings
 from captioning.training import train_step
@@ -77,7 +77,7 @@ def decoder_step(sizes: Sizes, hard: HardConfig | None) -> Callable[[], None]:
     a, words = make_batch(sizes)
     if hard is None:
         return trainer(decoder, lambda: mean_nll(decoder, a, words), torch.float32)
-    baseline = BASELINES[hard.baseline](hidden_dim=sizes.dim, samples=hard.samples, to_go=hard.reward == "to_go")
+    baseline = build_baseline(hard, hidden_dim=sizes.dim)
     module = nn.ModuleList([decoder, baseline])
     return trainer(module, lambda: mean_loss(decoder, a, words, hard, baseline), torch.float32)
 

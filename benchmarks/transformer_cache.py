@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captioning.devices import default_device
 from captioning.models.transformer import TransformerDecoder
 from captioning.vocabulary import START
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parse.add_argument("--steps", type=int, nargs="+", default=[10, 20, 30])
     parse.add_argument("--locations", type=int, default=49)
     parse.add_argument("--repeats", type=int, default=3)
-    parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parse.add_argument("--device", default=default_device())
     options = parse.parse_args(arguments)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)

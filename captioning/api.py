@@ -14,8 +14,8 @@ from torch import Tensor
 
 from captioning.checkpoint import Checkpoint, checkpoint_folder
 from captioning.config import LOCATIONS, SearchConfig
-from captioning.console import one_line
 from captioning.decoding import Hypothesis
+from captioning.devices import check_device
 from captioning.files import fresh_file
 from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
 from captioning.model_config import Resample, View
@@ -204,22 +204,6 @@ class Captioner:
             finished=hypothesis.finished,
             score=hypothesis.score,
         )
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """A device that is there.
-
-    Raises:
-        ValueError: it is not; says what is allowed.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        gpu = torch.accelerator.current_accelerator(check_available=True)
-        allowed = "cpu (torch finds no GPU here)" if gpu is None else f"cpu or {gpu.type}"
-        raise ValueError(f"device {device}: allowed is {allowed}: {one_line(error)[:100]}") from error
-    return found
 
 
 def load_captioner(path: str | Path, *, device: str | torch.device = "cpu", head: int | None = None) -> Captioner:

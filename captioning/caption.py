@@ -11,19 +11,17 @@ import dataclasses
 import glob
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from captioning import Caption, Captioner, load_captioner
 from captioning.api import OVERLAYS
 from captioning.config import SearchConfig
-from captioning.console import one_line, print_every_letter
-from captioning.files import fresh_file, make_folder, make_place
+from captioning.console import exit_code, one_line
+from captioning.devices import default_device
+from captioning.files import make_folder, make_place, write_text
 from captioning.images import EXTENSIONS, open_image
 from captioning.memory import keep_memory
 from captioning.options import add_drawing_options, add_search_options, given
@@ -143,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--json", metavar="FILE", help="write everything, attention included; - is standard output")
     parse.add_argument("--words", action="store_true", help="also print each word's log-probability, gate and place")
     parse.add_argument("--batch-size", type=int, default=16)
-    parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parse.add_argument("--device", default=default_device())
     return parse
 
 
@@ -189,8 +187,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json == "-":
         print(json.dumps(results))
     elif options.json:
-        with fresh_file(Path(options.json)) as partial:
-            partial.write_text(json.dumps(results) + "\n", encoding="utf-8")
+        write_text(Path(options.json), json.dumps(results) + "\n")
     return 2 if failed else 0
 
 
@@ -214,20 +211,8 @@ def print_words(caption: Caption, lines: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line."""
     keep_memory()
-    print_every_letter()
-    try:
-        code = run(parser().parse_args(arguments))
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("caption: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"caption: {one_line(error)}", file=sys.stderr)
-        return 2
+    mistakes = (ValueError, OSError, RuntimeError)
+    return exit_code("caption", lambda: run(parser().parse_args(arguments)), mistakes=mistakes)
 
 
 if __name__ == "__main__":

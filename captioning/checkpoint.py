@@ -4,17 +4,13 @@ While a run goes on, its training state lies beside them (training.safetensors, 
 """
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -27,12 +23,8 @@ from captioning.config import (
     to_dict,
 )
 from captioning.console import one_line
-from captioning.files import fresh_file, to_disk
-from captioning.models.captioner import CaptioningModel
-from captioning.models.decoder import Decoder
-from captioning.models.encoder import Encoder, build_encoder
-from captioning.models.regions import RegionEncoder, build_region_encoder
-from captioning.models.registry import build_decoder
+from captioning.files import fresh_folder, write_text
+from captioning.models.captioner import CaptioningModel, build_model
 from captioning.vocabulary import Vocabulary
 
 FORMAT = 1
@@ -103,52 +95,6 @@ class TrainingState:
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name begins with `prefix/`, without it."""
         return {name[len(prefix) + 1 :]: x for name, x in self.tensors.items() if name.startswith(f"{prefix}/")}
-
-
-def build_model(
-    encoder: EncoderConfig,
-    decoder: DecoderConfig,
-    vocabulary_size: int,
-    *,
-    region_encoder: RegionEncoderConfig | None = None,
-    encoder_state: dict[str, Tensor] | None = None,
-    most: int | None = None,
-) -> tuple[CaptioningModel, EncoderConfig]:
-    """A new model, and its encoder's config with layer and grid filled in.
-
-    Args:
-        encoder: which CNN; its weights come from `encoder_state` if that is given.
-        decoder: which language model.
-        vocabulary_size: V.
-        region_encoder: what lies between the two; None for the default.
-        encoder_state: weights of the cut network, from a data file or a checkpoint.
-        most: how many parameters there may be beside the encoder's; None sets no limit.
-
-    Raises:
-        ValueError: what `build_encoder` raises; more parameters than `most`, found before memory is taken for them.
-    """
-    cnn, encoder = build_encoder(encoder, state=encoder_state)
-    if most is not None:
-        with torch.device("meta"):
-            regions, decoders = _parts(cnn, region_encoder, decoder, vocabulary_size)
-        count = sum(x.numel() for part in (regions, *decoders) for x in part.parameters())
-        if count > most:
-            raise ValueError(f"its config describes {count:,} parameters, its file has {most:,}")
-    regions, decoders = _parts(cnn, region_encoder, decoder, vocabulary_size)
-    return CaptioningModel(cnn, regions, decoders[0], decoders[1:]), encoder
-
-
-def _parts(
-    cnn: Encoder, region_encoder: RegionEncoderConfig | None, decoder: DecoderConfig, vocabulary_size: int
-) -> tuple[RegionEncoder, list[Decoder]]:
-    """The region encoder, and a decoder for each of the CNN's scales."""
-    if len(cnn.sides) > 1 and region_encoder is not None and region_encoder.positions != "none":
-        raise ValueError(
-            f"region_encoder.positions={region_encoder.positions!r} needs a grid of one size: leave encoder.scales out"
-        )
-    regions = build_region_encoder(region_encoder or RegionEncoderConfig(), annotation_dim=cnn.dim, grid=cnn.grid)
-    sizes = {"vocabulary_size": vocabulary_size, "annotation_dim": regions.dim}
-    return regions, [build_decoder(decoder, **sizes) for _ in cnn.sides]
 
 
 def save_checkpoint(
@@ -265,7 +211,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             len(vocabulary),
             region_encoder=region_encoder,
             encoder_state=cnn_state,
-            most=sum(x.numel() for name, x in state.items() if not name.startswith(prefix)),
+            max_parameters=sum(x.numel() for name, x in state.items() if not name.startswith(prefix)),
         )
         load_state(model, state)
     except (RuntimeError, ValueError) as error:
@@ -356,42 +302,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object, readable and in one step."""
-    with fresh_file(path) as partial:
-        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def fresh_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `folder` when the block ends well and else vanishes."""
-    new = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                to_disk(file)
-        replace_folder(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one; at no time is there only half of one.
-
-    A stop between the two renames leaves the older one as NAME.old, which `recover_folder` finds.
-    """
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Undo a replacement that was cut off between its two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():
-        with suppress(FileNotFoundError):  # another process of this run was faster
-            os.rename(old, folder)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

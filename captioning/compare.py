@@ -28,16 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import parse_flag_from_env
 
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_json, write_json
 from captioning.config import SearchConfig, Settings, from_dict, to_dict
-from captioning.console import one_line, print_every_letter
+from captioning.console import exit_code
 from captioning.data import SPLITS, Batch, CaptionData, Sample, load_batches
+from captioning.devices import default_device
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
-from captioning.files import fresh_file
+from captioning.files import fresh_file, write_text
 from captioning.images import open_image
 from captioning.memory import keep_memory
 from captioning.run import Run, plan, start, start_accelerator, training_set
@@ -190,10 +191,10 @@ def run_system(system: System, *, minutes: float, split: str, search: SearchConf
     resume = (run / "last").exists() or (run / "last.old").exists()
     best = train(dataclasses.replace(settings, resume=resume))
     checkpoint, data = load_checkpoint(best), CaptionData(settings.data)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else default_device()
     _, scores = evaluate(checkpoint, data, split, search, limit=limit, device=device)
     indices = data.indices(split).tolist()[: limit or None]
-    attention = diagnose(checkpoint.model, data, indices, checkpoint.vocabulary, device=device)
+    attention = diagnose(checkpoint.model, data, indices, checkpoint.vocabulary)
     progress = load_checkpoint(run / "last").about["progress"]
     values: dict[str, float | int | None] = {
         "parameters": sum(p.numel() for p in checkpoint.model.parameters() if p.requires_grad),
@@ -283,8 +284,7 @@ def write(rows: Sequence[Row], output: Path, conditions: Sequence[str]) -> None:
     """Write table.csv, table.md and plot.png, each in one step."""
     table = with_means(rows)
     for name, text in (("table.csv", as_csv(table)), ("table.md", as_markdown(table, conditions))):
-        with fresh_file(output / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     with fresh_file(output / "plot.png") as partial:
         draw(table, conditions[0]).savefig(partial, format="png", dpi=150)
 
@@ -353,19 +353,19 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 after a mistake, which it says in one line, 130 after an interruption."""
     keep_memory()
-    print_every_letter()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, overrides = parser().parse_known_args(words)
-    try:
-        compare(options, overrides, shlex.join(["python", "-m", "captioning.compare", *words]))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"compare: {one_line(error)}", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt):
-        print("compare: stopped; go on with the same command", file=sys.stderr)
-        return 130
-    print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
-    return 0
+
+    def command() -> int:
+        try:
+            compare(options, overrides, shlex.join(["python", "-m", "captioning.compare", *words]))
+        except Interrupted as stop:
+            raise KeyboardInterrupt from stop
+        print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
+        return 0
+
+    mistakes = (ValueError, OSError, RuntimeError)
+    return exit_code("compare", command, mistakes=mistakes, stopped="stopped; go on with the same command")
 
 
 if __name__ == "__main__":

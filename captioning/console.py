@@ -1,7 +1,9 @@
-"""What commands print: in one line where a line is meant, and in every letter there is."""
+"""What commands print: in one line where a line is meant, and in every letter there is; and the code they end with."""
 
 import io
+import os
 import sys
+from collections.abc import Callable
 
 _STEERING = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
 
@@ -18,3 +20,34 @@ def print_every_letter() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="surrogateescape")
+
+
+def exit_code(
+    name: str,
+    command: Callable[[], int],
+    *,
+    mistakes: tuple[type[Exception], ...] = (ValueError, OSError),
+    stopped: str = "interrupted",
+) -> int:
+    """What a command ends with: its own code, 2 after a mistake of the user's, 130 after Ctrl-C; both say so in a line.
+
+    Args:
+        name: begins that line.
+        command: does all the work and prints its results.
+        mistakes: the exceptions whose words say what the user can mend; others are ours, and traced back.
+        stopped: the line after Ctrl-C, unless its KeyboardInterrupt has words of its own.
+    """
+    print_every_letter()
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as stop:
+        print(f"{name}: {one_line(stop) or stopped}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except mistakes as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2

@@ -34,7 +34,7 @@ from captioning.model_config import View
 from captioning.models.attention import Look, is_hard, looking
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
-from captioning.reward_baselines import BASELINES
+from captioning.reward_baselines import build_baseline
 from captioning.tokenization import tokenize
 from captioning.vocabulary import Vocabulary
 from captioning.word_classes import CLASSES, NOUN, classify
@@ -65,7 +65,6 @@ def diagnose(
     vocabulary: Vocabulary,
     *,
     batch_size: int = 32,
-    device: str | torch.device = "cpu",
     location: Literal["argmax", "sample", "expected"] = "argmax",
     scale: int = 0,
     seed: int = 0,
@@ -73,12 +72,11 @@ def diagnose(
     """Teacher-force a model over the captions of some images, as it is and under the listening test.
 
     Args:
-        model: on `device`; it is run in evaluation mode.
+        model: it is run in evaluation mode.
         data: pixels of any size, or annotation vectors of this model's encoder.
         indices: which images, two or more.
         vocabulary: the model's words (not the file's).
         batch_size: images at once; attention is exchanged among them.
-        device: where the model is.
         location: where hard attention looks.
         scale: which of the encoder's sizes is looked at, by that scale's decoder.
         seed: of the exchange, of the shuffles and of sampled locations.
@@ -92,12 +90,12 @@ def diagnose(
     parts: list[_Words] = []
     words = 0
     decoder, grid = model.decoders[scale], model.encoder.grids[scale]
-    look = Look(location, generator=torch.Generator(device).manual_seed(seed))
+    look = Look(location, generator=torch.Generator(model.device).manual_seed(seed))
     hard = is_hard(decoder)
     places = hard and location != "expected"
     with torch.no_grad(), _evaluating(model), looking(decoder, look):
         for batch in caption_batches(model, data, indices, vocabulary, batch_size=batch_size, scale=scale):
-            a, targets = model.annotate(batch.images.to(device)), batch.words.to(device)
+            a, targets = model.annotate(batch.images.to(model.device)), batch.words.to(model.device)
             output = decoder(a, targets)
             words += len(output.targets)
             _add(nll, "as it is", output)
@@ -210,7 +208,6 @@ def signal_to_noise(
     vocabulary: Vocabulary,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     *,
-    device: str | torch.device = "cpu",
     scale: int = 0,
     seed: int = 0,
 ) -> float | None:
@@ -219,12 +216,11 @@ def signal_to_noise(
     The variance of a mean falls with the number of its images, so that any number of images serves.
 
     Args:
-        model: on `device`.
+        model: whose.
         data: as for `diagnose`.
         indices: which images.
         vocabulary: the model's words (not the file's).
         loss: of annotation vectors (N, L, D) and words (N, K, S); None: `likelihood` of the model.
-        device: where the model is.
         scale: as for `diagnose`.
         seed: of dropout and sampled locations.
 
@@ -237,7 +233,7 @@ def signal_to_noise(
         return None
     batches = caption_batches(model, data, chosen, vocabulary, batch_size=size, scale=scale)
     subject = (model, batches, loss or partial(likelihood, model))
-    found = attention_gradients(*subject, device=device, scale=scale, seed=seed)
+    found = attention_gradients(*subject, scale=scale, seed=seed)
     return None if found is None else gradient_signal_to_noise(found) * STEP / size
 
 
@@ -246,7 +242,7 @@ def likelihood(model: CaptioningModel, a: Float[Tensor, "N L D"], words: Integer
     if not is_hard(model):
         output = model(a, words)
         return word_nll(output.logits, output.targets).mean()
-    baseline = BASELINES[JUDGE.baseline](hidden_dim=0, samples=JUDGE.samples, to_go=JUDGE.reward == "to_go")
+    baseline = build_baseline(JUDGE, hidden_dim=0)
     total, count, _ = hard_loss(model, a, words, JUDGE, baseline)
     return total / count
 
@@ -256,7 +252,6 @@ def attention_gradients(
     batches: Iterable[Batch],
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
-    device: str | torch.device = "cpu",
     scale: int = 0,
     seed: int = 0,
 ) -> Float[Tensor, "B P"] | None:
@@ -265,10 +260,9 @@ def attention_gradients(
     All but the encoder is in training mode, so that dropout and sampled locations make the noise that training has.
 
     Args:
-        model: on `device`.
+        model: whose.
         batches: images of that scale and words.
         loss: of the encoder's annotation vectors (N, L, D) and words (N, K, S).
-        device: where the model is.
         scale: whose decoder's attention is asked.
         seed: of all that is random.
 
@@ -280,16 +274,16 @@ def attention_gradients(
     if not parameters:
         return None
     found = []
-    devices = [device] if torch.device(device).type == "cuda" else []
+    devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), _evaluating(model):
         torch.manual_seed(seed)
         model.train()
         model.encoder.eval()
         for batch in batches:
-            images = batch.images.to(device)
+            images = batch.images.to(model.device)
             with torch.no_grad():
                 a = model.encoder(images) if images.dim() == 4 else images
-            gradients = torch.autograd.grad(loss(a, batch.words.to(device)), parameters, materialize_grads=True)
+            gradients = torch.autograd.grad(loss(a, batch.words.to(model.device)), parameters, materialize_grads=True)
             found.append(torch.cat([g.flatten() for g in gradients]).cpu())  # some devices know no float64
     return torch.stack(found)
 

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
+from captioning.compatibility import check_same_task
 from captioning.config import EncoderConfig
 from captioning.data import PIXELS, CaptionData, resizing
-from captioning.evaluate import check_same_task
 from captioning.losses import by_word
 from captioning.model_config import View
 from captioning.models.captioner import CaptioningModel

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioning.checkpoint import MAX_MEMBERS, checkpoint_folder, load_checkpoint, member_name
-from captioning.console import one_line
+from captioning.console import exit_code
 from captioning.voices import Ensemble, save_ensemble
 
 
@@ -53,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mirror", action="store_true", help="look at mirrored photos, too, unless told otherwise")
     parser.add_argument("--half", action="store_true", help="store the weights as float16")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> int:
         if options.output.exists():
             raise ValueError(f"--output {options.output}: is there already")
         save_ensemble(options.output, build_ensemble(options.members, mirror=options.mirror), half=options.half)
-    except (ValueError, OSError) as error:
-        print(f"ensemble: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: an ensemble of {len(options.members)}")
-    return 0
+        print(f"{options.output}: an ensemble of {len(options.members)}")
+        return 0
+
+    return exit_code("ensemble", command)
 
 
 if __name__ == "__main__":

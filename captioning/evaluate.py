@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.api import check_device, search_config
+from captioning.api import search_config
 from captioning.checkpoint import Checkpoint, checkpoint_folder
-from captioning.config import EncoderConfig, Location, SearchConfig
-from captioning.console import one_line
+from captioning.compatibility import check_fits, check_views
+from captioning.config import Location, SearchConfig
+from captioning.console import exit_code
 from captioning.data import ANNOTATIONS, SPLITS, CaptionData, resizing
 from captioning.decoding import Hypothesis
+from captioning.devices import check_device, default_device
 from captioning.diagnosis import check_enough, diagnose, signal_to_noise
 from captioning.files import make_place
 from captioning.findings import Diagnosis
@@ -33,15 +35,11 @@ from captioning.metrics import DEFAULT_METRICS, Scores, score
 from captioning.model_config import View
 from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
-from captioning.models.encoder import Encoder
 from captioning.options import add_search_options, given
 from captioning.results import read_references, read_results, select_references, write_results
 from captioning.tokenization import detokenize
 from captioning.vocabulary import Vocabulary
-from captioning.voices import Ensemble, caption_images, check_scales, load_ensemble
-
-_CUT = ("layer", "image_size", "resample")
-"""What annotation vectors depend on beside the encoder's weights and the fit."""
+from captioning.voices import Ensemble, caption_images, load_ensemble
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,18 @@ def caption_split(
     config: SearchConfig,
     *,
     batch_size: int = 32,
-    device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, SplitCaption]:
     """Caption images of a data file.
 
     Args:
-        models: in evaluation mode, on `device`; several speak with one voice.
+        models: in evaluation mode, on one device; several speak with one voice.
         data: pixels of any size, or annotation vectors of these models' encoder.
         indices: which images.
         vocabulary: the model's words (not the file's).
         config: the search.
         batch_size: images at once.
-        device: where the model is.
         seed: of sampled words and locations, if the search samples.
         progress: show a bar.
 
@@ -85,104 +81,24 @@ def caption_split(
     """
     models = [models] if isinstance(models, CaptioningModel) else models
     check_views(data, config, [model.encoder for model in models])
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(models[0].device).manual_seed(seed)
     found: dict[str, SplitCaption] = {}
     for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):
         part = [int(i) for i in indices[start : start + batch_size]]
-        load = partial(_images, data, part, device)
+        load = partial(_images, data, part)
         hypotheses = caption_images(models, load, config, generator=generator)
         for i, best in zip(part, hypotheses, strict=True):
             found[data.names[i]] = SplitCaption(detokenize(vocabulary.decode(best[0].ids)), best[0])
     return found
 
 
-def check_views(data: CaptionData, config: SearchConfig, encoders: Sequence[Encoder | EncoderConfig]) -> None:
-    """What a search looks at must be in the file.
-
-    Args:
-        data: pixels, of which every view can be made, or annotation vectors.
-        config: the search.
-        encoders: which look.
-
-    Raises:
-        ValueError: it looks at mirrored images or further scales, and the file has annotation vectors, but none of
-            those; or it looks at further scales, and no encoder has any.
-    """
-    check_scales(encoders, config)
-    if config.mirror and data.kind == ANNOTATIONS and not data.mirrored:
-        raise ValueError(
-            f"{data.path}: holds no annotation vectors of mirrored images; make it with preprocess --mirror, or do "
-            "not look at them (--no-mirror; in training --validation.search.mirror false)"
-        )
-    stored = None if data.encoder is None else data.encoder.sides
-    wanted = {encoder.sides for encoder in encoders if len(encoder.sides) > 1}
-    if config.multi_scale and stored is not None and wanted != {stored}:
-        raise ValueError(
-            f"{data.path}: holds annotation vectors of pictures of {stored} pixels, and the model learned from "
-            f"{', '.join(map(str, wanted))}; make it with preprocess --scales, or take --no-multi-scale"
-        )
-
-
-def _images(
-    data: CaptionData, indices: Sequence[int], device: str | torch.device, model: CaptioningModel, view: View
-) -> Tensor:
+def _images(data: CaptionData, indices: Sequence[int], model: CaptioningModel, view: View) -> Tensor:
     """Images of a data file as a model wants them."""
     if data.kind == ANNOTATIONS:
-        return torch.stack([data.image(i, view) for i in indices]).to(device)
+        return torch.stack([data.image(i, view) for i in indices]).to(model.device)
     resize = resizing(model.encoder.sides[view.scale], model.encoder.resample)
-    images = torch.stack([resize(data.image(i)) for i in indices]).to(device)
+    images = torch.stack([resize(data.image(i)) for i in indices]).to(model.device)
     return images.flip(-1) if view.mirrored else images
-
-
-def check_fits(checkpoint: Checkpoint, data: CaptionData) -> None:
-    """Pixels must have been made square as the checkpoint's were; annotation vectors must come from its own encoder.
-
-    Raises:
-        ValueError: they do not; says what to do.
-    """
-    fit, wanted = data.settings.get("fit", checkpoint.encoder.fit), checkpoint.encoder.fit
-    if fit != wanted and data.source.get("name") != "shapes":  # which are square
-        raise ValueError(
-            f"{data.path} was made with --fit {fit}, and the checkpoint learned from pictures made with "
-            f"--fit {wanted}; preprocess the photos so"
-        )
-    if data.encoder is None:
-        return
-    own = checkpoint.model.encoder.network.state_dict()
-    stored: Mapping[str, Tensor] = data.encoder_state()
-    same = own.keys() == stored.keys() and all(  # a checkpoint may be stored in float16
-        own[name].shape == x.shape and torch.allclose(own[name].cpu().float(), x.float(), 1e-2, 1e-3)
-        for name, x in stored.items()
-    )
-    if not same or any(getattr(checkpoint.encoder, name) != getattr(data.encoder, name) for name in _CUT):
-        raise ValueError(
-            f"{data.path} stores annotation vectors of another encoder than the checkpoint's "
-            f"({data.encoder.name}); preprocess the photos with --fit {wanted} and without --encoder, and evaluate on "
-            "those pixels"
-        )
-    data.check_vectors(checkpoint.model.encoder.grid_of, checkpoint.model.encoder.dim)
-
-
-def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, images: bool = True) -> None:
-    """A checkpoint that has a part in training on this data must have its words, and its images.
-
-    Args:
-        checkpoint: whose.
-        data: what is learned from.
-        who: the setting that brought the checkpoint.
-        images: whether those matter; an encoder that learns can get used to others.
-
-    Raises:
-        ValueError: it does not; says who, and why.
-    """
-    if checkpoint.vocabulary != data.vocabulary:
-        words = "`python -m preprocess --vocabulary CHECKPOINT` makes data with its words"
-        raise ValueError(f"{who}: its vocabulary is not that of {data.path}; {words}")
-    try:
-        if images:
-            check_fits(checkpoint, data)
-    except ValueError as error:
-        raise ValueError(f"{who}: {error}") from error
 
 
 def evaluate(
@@ -209,7 +125,6 @@ def evaluate(
         ensemble.vocabulary,
         config,
         batch_size=batch_size,
-        device=device,
         progress=sys.stderr.isatty(),
     )
     references = {data.names[i]: data.references(i) for i in indices}
@@ -228,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add_search_options(ours)
     ours.add_argument("--limit", type=int, default=0, help="only the first so many images; 0: all")
     ours.add_argument("--batch-size", type=int, default=32)
-    ours.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ours.add_argument("--device", default=default_device())
     ours.add_argument(
         "--diagnose",
         type=int,
@@ -344,10 +259,8 @@ def _diagnose(
     for scale, side in enumerate(checkpoint.encoder.sides):
         if side not in stored[scale : scale + 1]:  # there are no vectors of that size
             continue
-        diagnosis = diagnose(
-            *subject, batch_size=options.batch_size, device=options.device, location=location, scale=scale
-        )
-        signal = signal_to_noise(*subject, device=options.device, scale=scale)
+        diagnosis = diagnose(*subject, batch_size=options.batch_size, location=location, scale=scale)
+        signal = signal_to_noise(*subject, scale=scale)
         found[side] = dataclasses.replace(diagnosis, gradient_snr=signal)
     return found
 
@@ -357,17 +270,9 @@ def _diagnosed(options: argparse.Namespace, data: CaptionData) -> list[int]:
     return data.indices(options.split).tolist()[: options.limit or None][: options.diagnose or None]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 after a mistake, which it says in one line."""
-    keep_memory()
-    try:
-        scores, about, diagnoses = _run(_parser().parse_args(arguments))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"evaluate: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate: interrupted", file=sys.stderr)
-        return 130
+def _report(options: argparse.Namespace) -> int:
+    """Score and print: the tables, and one line of JSON at last."""
+    scores, about, diagnoses = _run(options)
     print(scores.table())
     for name in ("split", "beam_size", "location", "looks", "unfinished"):
         if name in about:
@@ -378,6 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about[f"diagnosis_{side}" if i else "diagnosis"] = diagnosis.as_dict()
     print(json.dumps({**scores.as_dict(), **about}))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 after a mistake, which it says in one line."""
+    keep_memory()
+    mistakes = (ValueError, OSError, RuntimeError)
+    return exit_code("evaluate", lambda: _report(_parser().parse_args(arguments)), mistakes=mistakes)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Files that are there whole or not at all, that one process writes at a time, and what they go by elsewhere."""
+"""Files and folders that are whole or not there, that one process writes at a time, and their names elsewhere."""
 
 import errno
+import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 if sys.platform != "win32":
     import fcntl
@@ -27,10 +29,80 @@ def fresh_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, as it is on every system: whole or not at all."""
+    with fresh_file(path) as partial:
+        partial.write_bytes(text.encode())
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no UTF-8; names the file and the place.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is none; begins with `where`.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: is not JSON: {error}") from error
+
+
 def to_disk(path: Path) -> None:
     """Return when what was written to a file is on the disk, and a power cut cannot take it back."""
     with path.open("rb+") as file:  # Windows wants to be able to write
         os.fsync(file.fileno())
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `folder` when the block ends well and else vanishes."""
+    new = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                to_disk(file)
+        replace_folder(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one; at no time is there only half of one.
+
+    A stop between the two renames leaves the older one as NAME.old, which `recover_folder` finds.
+    """
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo a replacement that was cut off between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        with suppress(FileNotFoundError):  # another process of this run was faster
+            os.rename(old, folder)
 
 
 def hold(path: Path) -> TextIO:

@@ -1,4 +1,4 @@
-"""What one training step minimises. One function per kind of training: settings, a model and a batch in, a loss out."""
+"""What a step of likelihood training minimises; `Objective` and the penalty serve self-critical training, too."""
 
 from typing import NamedTuple
 
@@ -74,11 +74,4 @@ def with_penalty(run: Run, output: Output, loss: Float[Tensor, ""]) -> tuple[Flo
 
 def update_baseline(run: Run, baseline: Baseline, terms: HardTerms) -> None:
     """Let the baseline learn from the sampled captions of all processes."""
-    log_p, words, captions = _sums(run, terms.captions)
-    if captions:
-        baseline.update(log_p / captions, words / captions)
-
-
-def _sums(run: Run, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Values added up over all processes."""
-    return run.accelerator.reduce(values) if run.accelerator.num_processes > 1 else values
+    baseline.learn(*run.accelerator.reduce(terms.captions))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from captioning.files import fresh_file
+from captioning.files import parse_json, read_text, write_text
 
 
 def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, str]) -> None:
@@ -22,8 +22,7 @@ def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, s
     path = Path(path)
     numbers = all(str(key).isdecimal() and str(int(key)) == str(key) for key in captions)
     rows = [{"image_id": int(key) if numbers else key, "caption": caption} for key, caption in captions.items()]
-    with fresh_file(path) as partial:
-        partial.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    write_text(Path(path), json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
 
 
 def read_results(path: str | Path) -> dict[str, str]:
@@ -36,7 +35,7 @@ def read_results(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: not this format, empty, or two captions for one image; names file and field.
     """
-    rows = _parse(path, _text(path))
+    rows = parse_json(read_text(path), path)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f'{path}: must be a non-empty JSON list of {{"image_id", "caption"}}')
     captions: dict[str, str] = {}
@@ -63,11 +62,11 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
         FileNotFoundError: there is no such file.
         ValueError: none of these formats, or a malformed entry; names file and field.
     """
-    text = _text(path)
+    text = read_text(path)
     if not text.lstrip().startswith(("{", "[")):
         references = _token_lines(path, text)
     else:
-        data = _parse(path, text)
+        data = parse_json(text, path)
         if not isinstance(data, dict):
             raise ValueError(f'{path}: must be a JSON object ("annotations", "images", or key -> captions), not a list')
         if "annotations" in data:
@@ -92,20 +91,6 @@ def select_references(results: Mapping[str, str], references: Mapping[str, Seque
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(f"image_id {', '.join(map(repr, unknown[:3]))}{more} of the results: not in the references")
     return {key: list(references[key]) for key in results}
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-
-
-def _parse(path: str | Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error
 
 
 def _image_id(path: str | Path, where: str, row: Any) -> str:

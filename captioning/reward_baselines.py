@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from captioning.config import HardConfig
 from captioning.losses import REWARDS, mean_of_others
 
 
@@ -34,8 +35,13 @@ class Baseline(nn.Module):
         """What the baseline's own parameters minimise, if it has any."""
         return None
 
+    def learn(self, log_p: Float[Tensor, ""], words: Float[Tensor, ""], captions: Float[Tensor, ""]) -> None:
+        """Learn from a batch, after it was used: its summed log p and words, of so many sampled captions."""
+        if captions:
+            self.update(log_p / captions, words / captions)
+
     def update(self, log_p: Float[Tensor, ""], words: Float[Tensor, ""]) -> None:
-        """Learn from a batch, after it was used: its mean log p and number of words per sampled caption."""
+        """The same, from means over sampled captions."""
 
     def _words(self, mask: Bool[Tensor, "N K T"]) -> Float[Tensor, "N K T"]:
         """How many words a step's reward sums."""
@@ -99,3 +105,8 @@ BASELINES: dict[str, type[Baseline]] = {
     "leave_one_out": LeaveOneOut,
     "learned": Learned,
 }
+
+
+def build_baseline(hard: HardConfig, *, hidden_dim: int) -> Baseline:
+    """The baseline of an estimator; `hidden_dim` is n of the decoder."""
+    return BASELINES[hard.baseline](hidden_dim=hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go")

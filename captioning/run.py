@@ -23,17 +23,16 @@ from captioning.checkpoint import (
     Checkpoint,
     TrainingState,
     load_checkpoint,
-    recover_folder,
     save_checkpoint,
     write_json,
 )
 from captioning.checks import not_negative
+from captioning.compatibility import check_same_task
 from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
 from captioning.console import one_line
 from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch
 from captioning.distillation import Teachers, load_teachers
-from captioning.evaluate import check_same_task
-from captioning.files import hold, make_folder, short_name
+from captioning.files import hold, make_folder, recover_folder, short_name
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
     build_optimizer,
@@ -272,6 +271,9 @@ def say_what_starts(run: Run, steps: int) -> None:
     )
     if slow := slow_choice(run.settings.precision, here["device"]):
         say(run, slow)
+    warmup, likelihood = run.settings.optimizer.warmup_steps, run.likelihood_steps
+    if 0 < likelihood <= warmup:
+        say(run, f"optimizer.warmup_steps={warmup} are no fewer than the run's {likelihood}: its rate grows to the end")
 
 
 def say_if_elsewhere(run: Run, state: TrainingState) -> None:

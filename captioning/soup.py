@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_state, save_checkpoint
-from captioning.console import one_line
+from captioning.console import exit_code
 from captioning.files import short_name
 
 
@@ -60,15 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="a new checkpoint folder")
     parser.add_argument("--half", action="store_true", help="store the weights as float16")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> int:
         if options.output.exists():
             raise ValueError(f"--output {options.output}: is there already")
         save_checkpoint(options.output, soup(options.checkpoints), half=options.half)
-    except (ValueError, OSError) as error:
-        print(f"soup: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: the mean of {len(options.checkpoints)} checkpoints")
-    return 0
+        print(f"{options.output}: the mean of {len(options.checkpoints)} checkpoints")
+        return 0
+
+    return exit_code("soup", command)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 
-from captioning.checkpoint import Checkpoint, build_model, checkpoint_folder, load_checkpoint, load_state
+from captioning.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_state
+from captioning.compatibility import check_same_task, check_views
 from captioning.config import DecoderConfig, EncoderConfig, Settings
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
-from captioning.evaluate import check_same_task, check_views
 from captioning.model_config import HARD_ONLY
 from captioning.models.attention import window_size
-from captioning.models.captioner import CaptioningModel
-from captioning.reward_baselines import BASELINES, Baseline
+from captioning.models.captioner import CaptioningModel, build_model
+from captioning.reward_baselines import Baseline, build_baseline
 
 
 def start_model(
@@ -91,10 +91,7 @@ def start_baseline(settings: Settings) -> Baseline | None:
     """The baseline of eq. 12, if attention is hard."""
     if settings.decoder.attention != "hard":
         return None
-    hard = settings.hard
-    return BASELINES[hard.baseline](
-        hidden_dim=settings.decoder.hidden_dim, samples=hard.samples, to_go=hard.reward == "to_go"
-    )
+    return build_baseline(settings.hard, hidden_dim=settings.decoder.hidden_dim)
 
 
 def check_positions(settings: Settings, data: CaptionData) -> None:

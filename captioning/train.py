@@ -11,29 +11,26 @@ stopped with the same command and `--resume true`.
 import sys
 from collections.abc import Sequence
 
-from captioning.console import one_line, print_every_letter
+from captioning.console import exit_code
 from captioning.memory import keep_memory
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Settings -> training; 2 after a mistake of the user, 130 after an interruption."""
-    keep_memory()
-    print_every_letter()
+def run(arguments: Sequence[str] | None) -> int:
+    """Settings -> training; where an interrupted run stopped, its KeyboardInterrupt says."""
     try:
         best = train(parse_settings(arguments))
-    except (ValueError, OSError) as error:
-        print(f"train: {one_line(error)}", file=sys.stderr)
-        return 2
     except Interrupted as stop:
-        print(f"train: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:  # before the first step, or a second time
-        print("train: interrupted", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(str(stop)) from stop
     print(f"best checkpoint: {best}")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 after a mistake of the user, 130 after an interruption."""
+    keep_memory()
+    return exit_code("train", lambda: run(arguments))
 
 
 if __name__ == "__main__":

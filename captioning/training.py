@@ -220,7 +220,6 @@ def validate(run: Run) -> None:
         run.data.vocabulary,
         options.search,
         batch_size=options.batch_size,
-        device=run.accelerator.device,
     )
     if run.accelerator.num_processes > 1:
         found = dict(gather_object(list(found.items())))
@@ -275,7 +274,6 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
             indices,
             run.data.vocabulary,
             batch_size=run.settings.validation.batch_size,
-            device=run.accelerator.device,
             scale=scale,
         )
         found = dataclasses.replace(found, gradient_snr=snr)
@@ -304,7 +302,6 @@ def attention_signal(run: Run, scale: int = 0) -> float | None:
         run.data.indices("train").tolist()[: run.settings.validation.diagnose_images],
         run.data.vocabulary,
         lambda a, words: teacher_forced(apart, a, words).loss,
-        device=run.accelerator.device,
         scale=scale,
         seed=run.settings.seed,
     )

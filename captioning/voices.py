@@ -12,7 +12,6 @@ from captioning.checkpoint import (
     FORMAT,
     Checkpoint,
     ensemble_members,
-    fresh_folder,
     load_checkpoint,
     read_json,
     save_checkpoint,
@@ -20,6 +19,7 @@ from captioning.checkpoint import (
 )
 from captioning.config import EncoderConfig, SearchConfig, from_dict, to_dict
 from captioning.decoding import Hypothesis, search
+from captioning.files import fresh_folder
 from captioning.model_config import View, all_views
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import Encoder

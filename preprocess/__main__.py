@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.config import EncoderConfig, Precision
-from captioning.console import one_line
+from captioning.console import exit_code, one_line
 from captioning.data import SPLITS
 from captioning.files import make_place, short_name
 from captioning.memory import keep_memory
@@ -38,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 for a mistake of the user (one line on standard error), 130 when interrupted.
     """
-    options = _parser().parse_args(arguments)
     keep_memory()
+    stopped = "interrupted; the same command goes on from here"
+    return exit_code("preprocess", lambda: _preprocess(_parser().parse_args(arguments)), stopped=stopped)
+
+
+def _preprocess(options: argparse.Namespace) -> int:
     try:
         print(_report(_run(options), options.output))
     except (ValueError, OSError) as error:
-        print(f"preprocess: error: {_as_options(one_line(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("preprocess: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        raise ValueError(f"error: {_as_options(one_line(error))}") from error
     return 0
 
 

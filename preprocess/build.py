@@ -22,12 +22,13 @@ from tqdm import tqdm
 from captioning.checks import at_most
 from captioning.config import EncoderConfig, Precision, to_dict
 from captioning.data import SPLITS
+from captioning.files import write_text
 from captioning.model_config import MAX_SIDE, Fit
 from captioning.tokenization import tokenize
 from captioning.vocabulary import Vocabulary
 from preprocess.encode import Annotator, Pictures, decode
 from preprocess.sources import Record
-from preprocess.store import Captions, Network, Partial, write_file, write_whole
+from preprocess.store import Captions, Network, Partial, write_file
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def build(
         network=Network(annotator.config, annotator.state, annotator.grids, annotator.mirror) if annotator else None,
     )
     for path, content in (companions or {}).items():
-        write_whole(path, content())
+        write_text(path, content())
     limit.report(dropped)
     os.replace(whole, output)
     partial.remove()
@@ -222,7 +223,7 @@ class _Limit:
             return
         lines = [f"# {len(dropped)} of {self.total} images listed for {self.output.name} are missing or broken"]
         lines += ["name\tfile\treason", *(f"{entry.name}\t{entry.file}\t{entry.reason}" for entry in dropped)]
-        write_whole(self.file, "\n".join(lines) + "\n")
+        write_text(self.file, "\n".join(lines) + "\n")
 
 
 def report_path(output: Path) -> Path:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captioning.api import check_device
 from captioning.config import EncoderConfig, Precision
 from captioning.console import one_line
+from captioning.devices import check_device, default_device
 from captioning.files import short_name
 from captioning.images import read_image, to_array, to_square
 from captioning.model_config import Fit, Resample
@@ -171,7 +171,7 @@ def torch_device(name: str) -> torch.device:
         ValueError: it is none, or not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(default_device())
     try:
         return check_device(name)
     except ValueError as error:

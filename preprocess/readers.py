@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from captioning.data import SPLITS
+from captioning.files import parse_json, read_text
 from captioning.tokenization import one_line
 
 Restval = Literal["train", "drop"]
@@ -42,7 +42,7 @@ def flickr_captions(file: Path) -> Iterator[tuple[str, str, str]]:
     Raises:
         ValueError, FileNotFoundError: naming file and line.
     """
-    lines = _read_text(file).split("\n")
+    lines = read_text(file).split("\n")
     header = lines[0].strip().lower().replace(" ", "")
     if header in _WITH_COMMAS:
         for where, row in _csv_rows(file, strict=False):
@@ -70,10 +70,10 @@ def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if file.suffix.lower() == ".csv":
         yield from _csv_rows(file, strict=True)
     elif file.suffix.lower() in (".jsonl", ".ndjson"):
-        for number, line in enumerate(_read_text(file).split("\n"), start=1):
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
             if line.strip():
                 where = f"{file}:{number}"
-                row = _parse_json(line, where)
+                row = parse_json(line, where)
                 _check_names(entry_names(row, where), where)
                 yield where, row
     else:
@@ -94,7 +94,7 @@ def read_json(file: Path) -> Any:
     Raises:
         ValueError, FileNotFoundError: naming the file.
     """
-    return _parse_json(_read_text(file), str(file))
+    return parse_json(read_text(file), file)
 
 
 def field(entry: Any, name: str, kind: type, where: str) -> Any:
@@ -174,7 +174,7 @@ def read_splits(path: Path, *, restval: Restval = "train") -> dict[str, str]:
 def _listed(path: Path) -> Iterator[tuple[str, str, str]]:
     for file in sorted(path.glob("*.txt")):
         split = None if file.name.startswith(".") else split_in_name(file)  # macOS leaves ._train.txt beside train.txt
-        for line in _read_text(file).splitlines() if split else ():
+        for line in read_text(file).splitlines() if split else ():
             if split and line.strip():
                 yield str(file), Path(line.strip()).name, split
 
@@ -189,25 +189,9 @@ def _karpathy_listed(file: Path, restval: Restval) -> Iterator[tuple[str, str, s
                 yield where, str(entry["cocoid"]), split
 
 
-def _read_text(file: Path) -> str:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is not UTF-8 text (byte {error.start})") from error
-
-
-def _parse_json(content: str, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: is not JSON: {error}") from error
-
-
 def _csv_rows(file: Path, *, strict: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, fields) below the header. Unless strict, commas too many belong to the caption, the last field."""
-    reader = csv.reader(io.StringIO(_read_text(file)), strict=strict)
+    reader = csv.reader(io.StringIO(read_text(file)), strict=strict)
     try:
         header = [name.strip() for name in next(reader, [])]
         if not strict:

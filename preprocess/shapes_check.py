@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint, read_json
+from captioning.compatibility import check_fits
 from captioning.config import LOCATIONS, SearchConfig
+from captioning.console import exit_code
 from captioning.data import SPLITS, CaptionData
-from captioning.evaluate import SplitCaption, caption_split, check_fits
+from captioning.devices import check_device, default_device
+from captioning.evaluate import SplitCaption, caption_split
 from preprocess.shapes import Scene, scene_from_dict
 from preprocess.shapes_grammar import is_true, mentions, parse
 
@@ -113,8 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, default="val")
     parser.add_argument("--beam-size", type=int, default=3)
     parser.add_argument("--location", choices=LOCATIONS, default="argmax", help="where hard attention looks")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--show", type=int, default=3, help="false sentences to print")
     options = parser.parse_args(arguments)
+    return exit_code("shapes_check", lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Caption, check and print: false sentences, shares, and one line of JSON at last."""
+    device = check_device(options.device)
     try:
         checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
         check_fits(checkpoint, data)
@@ -126,14 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         several = len(checkpoint.encoder.sides) > 1
         search = SearchConfig(beam_size=options.beam_size, location=options.location, multi_scale=several)
         indices = data.indices(options.split).tolist()
-        captions = caption_split(checkpoint.model, data, indices, checkpoint.vocabulary, search)
+        captions = caption_split(checkpoint.model.to(device), data, indices, checkpoint.vocabulary, search)
         report = check(captions, grid, instances)
     except KeyError as error:
-        print(f"shapes_check: {options.data.with_suffix('.instances.json')}: has no {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"shapes_check: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f"{options.data.with_suffix('.instances.json')}: has no {error}") from error
     for name, text in false_ones(captions, instances)[: options.show]:
         print(f"false: {name}: {text}")
     print(f"{report.true} of {report.sentences} sentences are true ({report.true / report.sentences:.1%})")

@@ -32,7 +32,7 @@ from captioning.data import (
     WORDS,
     annotations_name,
 )
-from captioning.files import fresh_file, hold, to_disk
+from captioning.files import hold, to_disk, write_text
 from captioning.model_config import all_views
 from captioning.vocabulary import Vocabulary
 from preprocess.sources import Record
@@ -99,7 +99,7 @@ class Partial:
             self._empty()
             self._images.touch()
             self._journal.touch()
-            write_whole(file, key)
+            write_text(file, key)
 
     def _recover(self) -> None:
         """Count the batches that are whole, and cut off what came after them."""
@@ -148,12 +148,6 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    with fresh_file(path) as partial:
-        partial.write_bytes(content.encode())
 
 
 class Captions(NamedTuple):

@@ -20,9 +20,10 @@ install_import_hook(["captioning", "preprocess"], "beartype.beartype")
 from tiny_runs import tiny_settings  # noqa: E402
 
 from captioning import training  # noqa: E402  hooked imports come after
-from captioning.checkpoint import Checkpoint, build_model, save_checkpoint  # noqa: E402
+from captioning.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
 from captioning.config import DecoderConfig, EncoderConfig, SearchConfig  # noqa: E402
 from captioning.data import CaptionData  # noqa: E402
+from captioning.models.captioner import build_model  # noqa: E402
 from captioning.vocabulary import END, START  # noqa: E402
 from preprocess.build import BuildSettings, build  # noqa: E402
 from preprocess.sources import shapes  # noqa: E402

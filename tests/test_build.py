@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.models import get_model
 
 from captioning.checkpoint import load_checkpoint
+from captioning.compatibility import check_same_task
 from captioning.data import ANNOTATIONS, PIXELS, CaptionData
-from captioning.evaluate import check_same_task
 from captioning.images import open_image, to_array, to_square
 from captioning.tokenization import tokenize
 from captioning.vocabulary import SPECIAL

@@ -13,7 +13,8 @@ from test_caption import captioned
 
 from captioning import load_captioner, visualize, visualize_html
 from captioning.api import OVERLAYS
-from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
+from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.models.captioner import build_model
 from captioning.vocabulary import END
 
 

@@ -17,15 +17,14 @@ from captioning import load_captioner
 from captioning.checkpoint import (
     Checkpoint,
     TrainingState,
-    build_model,
     checkpoint_folder,
     load_checkpoint,
-    recover_folder,
     save_checkpoint,
 )
 from captioning.config import DecoderConfig, RegionEncoderConfig, SearchConfig
-from captioning.files import fresh_file
+from captioning.files import fresh_file, recover_folder
 from captioning.models.baselines import CONTEXTS, INJECTIONS
+from captioning.models.captioner import build_model
 
 
 @pytest.fixture
@@ -272,7 +271,7 @@ def test_after_a_crash_at_a_renaming_the_older_checkpoint_is_recovered(folder, m
         rename(source, target)
 
     newer = dataclasses.replace(load_checkpoint(folder), about={"epoch": 2})
-    monkeypatch.setattr("captioning.checkpoint.os.rename", crash)
+    monkeypatch.setattr("captioning.files.os.rename", crash)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(folder, newer)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_DECODER
 
 from captioning import diagnosis
-from captioning.checkpoint import Checkpoint, build_model, load_checkpoint
+from captioning.checkpoint import Checkpoint, load_checkpoint
 from captioning.config import DecoderConfig, HardConfig
 from captioning.data import Batch, CaptionData
 from captioning.diagnosis import attention_gradients, caption_batches, diagnose, likelihood, signal_to_noise
@@ -19,7 +19,7 @@ from captioning.findings import Diagnosis
 from captioning.hard_objective import hard_terms, training_look
 from captioning.losses import word_nll
 from captioning.models.attention import HardAttention, looking
-from captioning.models.captioner import CaptioningModel
+from captioning.models.captioner import CaptioningModel, build_model
 from captioning.models.decoder import Output
 from captioning.models.registry import build_decoder
 from captioning.reward_baselines import LeaveOneOut

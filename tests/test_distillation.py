@@ -11,13 +11,13 @@ from test_hard_training import first_batch, hard_settings
 from tiny_runs import TINY, same_bits, saved_bits, tiny_settings, train_interrupted
 
 from captioning import training
-from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
+from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.config import DistillationConfig, EncoderConfig, HardConfig, SelfCriticalConfig, Settings
 from captioning.data import CaptionData, Sample, load_batches, resizing
 from captioning.distillation import Looks, Photos, Teachers, _views, load_teachers
 from captioning.losses import expected_nll, word_nll
 from captioning.model_config import PLAIN, View
-from captioning.models.captioner import CaptioningModel
+from captioning.models.captioner import CaptioningModel, build_model
 from captioning.objective import teacher_forced
 from captioning.run import plan, start, training_set
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torchvision.models import MobileNet_V2_Weights, get_model, list_models
 
 from captioning import Captioner
-from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioning.config import DecoderConfig, EncoderConfig
 from captioning.losses import word_nll
-from captioning.models.captioner import CaptioningModel
+from captioning.models.captioner import CaptioningModel, build_model
 from captioning.models.encoder import (
     IMAGENET_MEAN,
     IMAGENET_STD,

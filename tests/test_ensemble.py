@@ -12,7 +12,7 @@ from PIL import Image
 
 from captioning import load_captioner
 from captioning.api import search_config
-from captioning.checkpoint import build_model, load_checkpoint, save_checkpoint
+from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.config import DecoderConfig, RegionEncoderConfig, SearchConfig
 from captioning.data import MIRRORED, CaptionData
 from captioning.decoding import search
@@ -20,6 +20,7 @@ from captioning.ensemble import build_ensemble
 from captioning.evaluate import caption_split
 from captioning.evaluate import main as evaluate_main
 from captioning.models.attention import Look, looking
+from captioning.models.captioner import build_model
 from captioning.models.ensemble import EnsembleDecoder, refine, refine_location
 from captioning.models.registry import build_decoder
 from captioning.vocabulary import START

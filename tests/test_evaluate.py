@@ -12,12 +12,13 @@ import torch
 from conftest import TINY_DECODER
 
 from captioning import evaluate as evaluating
-from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioning.compatibility import check_fits
 from captioning.config import EncoderConfig, SearchConfig
 from captioning.data import CaptionData
-from captioning.evaluate import check_fits, main
+from captioning.evaluate import main
 from captioning.metrics import java_found
-from captioning.models.captioner import CaptioningModel
+from captioning.models.captioner import CaptioningModel, build_model
 from captioning.models.encoder import build_encoder
 from captioning.vocabulary import END
 from preprocess.build import BuildSettings, build

@@ -26,7 +26,7 @@ from captioning.hard_objective import hard_terms, training_look
 from captioning.losses import REWARDS, by_word, reinforce, word_nll
 from captioning.models.attention import looking
 from captioning.models.decoder import Decoder
-from captioning.reward_baselines import BASELINES, Learned
+from captioning.reward_baselines import BASELINES, Learned, build_baseline
 
 EXACT = HardConfig(lambda_e=0.0, expectation_probability=0.0)
 """Eq. 12 as the gradient of the bound: lambda_r is 1, no entropy, no mean contexts."""
@@ -62,7 +62,7 @@ def test_reinforce_pushes_log_p_of_the_location_by_reward_minus_baseline_and_not
 
 
 def baseline_of(name: str, reward: str = "to_go", samples: int = 1):
-    return BASELINES[name](hidden_dim=4, samples=samples, to_go=reward == "to_go")
+    return build_baseline(HardConfig(baseline=name, reward=reward, samples=samples), hidden_dim=4)
 
 
 def test_leave_one_out_is_the_mean_of_the_captions_other_samples():
@@ -110,7 +110,7 @@ def test_the_learned_baseline_learns_and_gives_the_decoder_no_gradient():
 def terms_of(decoder: Decoder, a, words, hard: HardConfig, seed: int = 0):
     with looking(decoder, training_look(hard, torch.Generator().manual_seed(seed))):
         output = decoder(a, words.repeat_interleave(hard.samples, dim=1))
-    baseline = BASELINES[hard.baseline](hidden_dim=6, samples=hard.samples, to_go=hard.reward == "to_go").double()
+    baseline = build_baseline(hard, hidden_dim=6).double()
     log_p = -word_nll(output.logits, output.targets)
     return output, hard_terms(output, log_p.detach(), hard, baseline)
 

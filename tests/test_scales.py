@@ -18,7 +18,7 @@ from tiny_runs import TINY, same_bits, tiny_settings
 from torchvision.transforms.v2 import functional as resizing
 
 from captioning import load_captioner, training
-from captioning.checkpoint import build_model, load_checkpoint
+from captioning.checkpoint import load_checkpoint
 from captioning.config import (
     RegionEncoderConfig,
     SearchConfig,
@@ -29,6 +29,7 @@ from captioning.ensemble import main as ensemble_main
 from captioning.evaluate import evaluate
 from captioning.evaluate import main as evaluate_main
 from captioning.model_config import View
+from captioning.models.captioner import build_model
 from captioning.models.encoder import build_encoder
 from captioning.voices import Ensemble, load_ensemble
 from preprocess.__main__ import main as preprocess_main

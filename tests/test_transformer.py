@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from benchmarks.transformer_cache import cached, recomputed
 from captioning.api import Captioner
-from captioning.checkpoint import build_model, load_checkpoint
+from captioning.checkpoint import load_checkpoint
 from captioning.config import DecoderConfig, RegionEncoderConfig, SearchConfig
 from captioning.decoding import search
 from captioning.models.blocks import NORMS, EncoderBlock, sinusoids
+from captioning.models.captioner import build_model
 from captioning.models.multihead import MultiHead, show_head
 from captioning.models.registry import build_decoder
 from captioning.models.transformer import POSITIONS, TransformerDecoder, packed

@@ -12,7 +12,7 @@ from conftest import TINY_DECODER, TINY_ENCODER, make_talkative
 from PIL import Image
 
 from captioning import load_captioner
-from captioning.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioning.config import SearchConfig
 from captioning.data import CaptionData
 from captioning.decoding import search
@@ -21,6 +21,7 @@ from captioning.evaluate import evaluate
 from captioning.evaluate import main as evaluate_main
 from captioning.files import short_name
 from captioning.images import to_square
+from captioning.models.captioner import build_model
 from captioning.vocabulary import Vocabulary
 from captioning.voices import Ensemble, load_ensemble
 

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor, nn
 
+from captioning.config import DecoderConfig, EncoderConfig, RegionEncoderConfig
 from captioning.models.decoder import Decoder, Output
-from captioning.models.encoder import Encoder
-from captioning.models.regions import RegionEncoder
+from captioning.models.encoder import Encoder, build_encoder
+from captioning.models.regions import RegionEncoder, build_region_encoder
+from captioning.models.registry import build_decoder
 
 
 class CaptioningModel(nn.Module):
@@ -70,6 +72,58 @@ class CaptioningModel(nn.Module):
         return self.decoder_of(a)(a, words)
 
     @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.decoder.parameters()).device
+
+    @property
     def decoder_dtype(self) -> torch.dtype:
         """Type of the decoder's parameters."""
         return next(self.decoder.parameters()).dtype
+
+
+def build_model(
+    encoder: EncoderConfig,
+    decoder: DecoderConfig,
+    vocabulary_size: int,
+    *,
+    region_encoder: RegionEncoderConfig | None = None,
+    encoder_state: dict[str, Tensor] | None = None,
+    max_parameters: int | None = None,
+) -> tuple[CaptioningModel, EncoderConfig]:
+    """A new model, and its encoder's config with layer and grid filled in.
+
+    Args:
+        encoder: which CNN; its weights come from `encoder_state` if that is given.
+        decoder: which language model.
+        vocabulary_size: V.
+        region_encoder: what lies between the two; None for the default.
+        encoder_state: weights of the cut network, from a data file or a checkpoint.
+        max_parameters: how many parameters there may be beside the encoder's; None sets no limit.
+
+    Raises:
+        ValueError: what `build_encoder` raises; more parameters than there may be, found before memory is taken for
+            them.
+    """
+    cnn, encoder = build_encoder(encoder, state=encoder_state)
+    if max_parameters is not None:
+        with torch.device("meta"):
+            regions, decoders = _parts(cnn, region_encoder, decoder, vocabulary_size)
+        count = sum(x.numel() for part in (regions, *decoders) for x in part.parameters())
+        if count > max_parameters:
+            raise ValueError(f"its config describes {count:,} parameters, its file has {max_parameters:,}")
+    regions, decoders = _parts(cnn, region_encoder, decoder, vocabulary_size)
+    return CaptioningModel(cnn, regions, decoders[0], decoders[1:]), encoder
+
+
+def _parts(
+    cnn: Encoder, region_encoder: RegionEncoderConfig | None, decoder: DecoderConfig, vocabulary_size: int
+) -> tuple[RegionEncoder, list[Decoder]]:
+    """The region encoder, and a decoder for each of the CNN's scales."""
+    if len(cnn.sides) > 1 and region_encoder is not None and region_encoder.positions != "none":
+        raise ValueError(
+            f"region_encoder.positions={region_encoder.positions!r} needs a grid of one size: leave encoder.scales out"
+        )
+    regions = build_region_encoder(region_encoder or RegionEncoderConfig(), annotation_dim=cnn.dim, grid=cnn.grid)
+    sizes = {"vocabulary_size": vocabulary_size, "annotation_dim": regions.dim}
+    return regions, [build_decoder(decoder, **sizes) for _ in cnn.sides]

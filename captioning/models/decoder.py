@@ -247,9 +247,10 @@ class AttentionLSTM(AttendingLSTM):
         *location: Integer[Tensor, "R ..."],
         projected: bool = False,
     ) -> tuple[State, Float[Tensor, "R z"], Float[Tensor, "R b"], Context]:
-        """Eqs. 1-6 for one word. Returns the state, z (gated), beta and the look.
+        """Eqs. 4-6 and the gate, then the LSTM of eqs. 1-3, for one word.
 
-        With `projected` the memory is that of `_project`; then L_z z stands in the place of z.
+        Returns the state, z (gated), beta and the look. With `projected` the memory is that of `_project`;
+        then L_z z stands in the place of z.
         """
         query = state.h if word.query is None else state.h + word.query
         context = self.attention(query, memory, *location)
