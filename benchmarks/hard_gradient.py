@@ -6,7 +6,8 @@
 On the oracle (3 locations, 3 words, 27 paths) the gradient of L_s is exact; on a batch of a data file the mean of many
 draws of the quietest estimator stands in for it. Columns, for the gradient of all the decoder's parameters:
 
-- bias: length of (mean estimate - truth) over that of the truth, with what sampling alone would give behind it;
+- bias: length of (mean estimate - truth) over that of the truth, with what sampling alone would give behind it (the
+  sampling of the truth, too);
 - variance: trace of the covariance of one estimate over the truth's squared length; SNR: one over its root;
 - cost: CPU or GPU time of one forward and backward pass over soft attention's on the same batch (for
   the single caption of the oracle that is mostly overhead).
@@ -19,7 +20,7 @@ import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,7 +76,14 @@ class Row:
 
 
 def measure(
-    oracle: Oracle, truth: Float[Tensor, " P"], hard: HardConfig, *, draws: int, copies: int, soft: float
+    oracle: Oracle,
+    truth: Float[Tensor, " P"],
+    hard: HardConfig,
+    *,
+    draws: int,
+    copies: int,
+    soft: float,
+    doubt: float = 0.0,
 ) -> Row:
     """The bias, variance and cost of an estimator.
 
@@ -86,20 +94,16 @@ def measure(
         draws: how many means of `copies` estimates.
         copies: estimates made side by side.
         soft: seconds of soft attention's gradient.
+        doubt: the truth's own variance, if it is a mean of draws.
     """
     torch.manual_seed(0)
     baseline = new_baseline(oracle, hard)
     warm_up(oracle, hard, baseline, copies)
-    mean, squares = torch.zeros_like(truth), truth.new_zeros(())
-    for seed in range(draws):  # Welford's, so that one vector is kept and not one per draw
-        found = estimate(oracle, hard, baseline, copies=copies, seed=seed)
-        change = found - mean
-        mean += change / (seed + 1)
-        squares += (change * (found - mean)).sum()
+    mean, squares = moments(estimate(oracle, hard, baseline, copies=copies, seed=seed) for seed in range(draws))
     length = truth.square().sum()
     variance = squares / (draws - 1)
     seconds = fastest(lambda: estimate(oracle, hard, baseline, seed=0))
-    bias, noise = (mean - truth).norm() / length.sqrt(), (variance / draws / length).sqrt()
+    bias, noise = (mean - truth).norm() / length.sqrt(), ((variance / draws + doubt) / length).sqrt()
     return Row(bias.item(), noise.item(), (variance * copies / length).item(), seconds / soft)
 
 
@@ -204,10 +208,10 @@ def _report(options: argparse.Namespace) -> int:
     table("the oracle; the truth is exact", rows)
     if real is not None:
         soft, many = soft_seconds(real), 4 * options.draws
-        truth = mean_of(real, ESTIMATORS[CHOSEN], many)
+        truth, doubt = mean_of(real, ESTIMATORS[CHOSEN], many)
         one_glimpse = cast(HardAttention, real.decoder.attention).glimpses == 1  # the relaxation knows no more
         rows = {
-            name: measure(real, truth, hard, draws=options.draws, copies=1, soft=soft)
+            name: measure(real, truth, hard, draws=options.draws, copies=1, soft=soft, doubt=doubt)
             for name, hard in ESTIMATORS.items()
             if one_glimpse or hard.relaxation == "none"
         }
@@ -216,13 +220,21 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def mean_of(oracle: Oracle, hard: HardConfig, draws: int) -> Float[Tensor, " P"]:
-    """The mean of many estimates, of other seeds than those measured."""
+def mean_of(oracle: Oracle, hard: HardConfig, draws: int) -> tuple[Float[Tensor, " P"], float]:
+    """The mean of many estimates, of other seeds than those measured, and the trace of its covariance."""
     baseline = new_baseline(oracle, hard)
-    total = estimate(oracle, hard, baseline, seed=20_000)
-    for seed in range(20_001, 20_000 + draws):
-        total += estimate(oracle, hard, baseline, seed=seed)
-    return total / draws
+    mean, squares = moments(estimate(oracle, hard, baseline, seed=20_000 + draw) for draw in range(draws))
+    return mean, squares / (draws - 1) / draws
+
+
+def moments(found: Iterable[Float[Tensor, " P"]]) -> tuple[Float[Tensor, " P"], float]:
+    """The mean of vectors, and the sum of their squared distances from it (Welford's: none of them is kept)."""
+    mean, squares = torch.zeros(()), 0.0
+    for count, vector in enumerate(found, 1):
+        change = vector - mean
+        mean = mean + change / count
+        squares += float((change * (vector - mean)).sum())
+    return mean, squares
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ Standard output has one line per photo: its path, a tab, the caption.
 import argparse
 import dataclasses
 import glob
+import importlib.util
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +21,10 @@ from typing import Any
 from captioning import Caption, Captioner, load_captioner
 from captioning.api import OVERLAYS
 from captioning.config import SearchConfig
-from captioning.console import exit_code, one_line
+from captioning.console import exit_code, go_on_unheard, one_line
 from captioning.devices import default_device
 from captioning.files import make_folder, make_place, write_text
-from captioning.images import EXTENSIONS, open_image
+from captioning.images import EXTENSIONS, MAX_PIXELS, open_image
 from captioning.memory import keep_memory
 from captioning.options import add_drawing_options, add_search_options, given
 
@@ -51,24 +53,36 @@ def image_files(arguments: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def opened(files: Sequence[Path], batch_size: int) -> Iterator[list[tuple[Path, Any]]]:
+    """Photos in batches, with the reason in the place of one that cannot be read; large ones make small batches."""
+    batch, pixels = list[tuple[Path, Any]](), 0
+    for path in files:
+        try:
+            batch.append((path, open_image(path)))
+            pixels += math.prod(batch[-1][1].size)
+        except (ValueError, OSError) as error:
+            batch.append((path, error))
+        if len(batch) == batch_size or pixels > MAX_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
 def captions_of(
     captioner: Captioner, files: Sequence[Path], batch_size: int, options: dict[str, Any]
 ) -> Iterator[tuple[Path, Caption | Exception]]:
     """The caption of every file; for a file that cannot be read, the reason instead."""
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1 (got {batch_size})")
-    for start in range(0, len(files), batch_size):
-        opened: list[tuple[Path, Any]] = []
-        for path in files[start : start + batch_size]:
-            try:
-                opened.append((path, open_image(path)))
-            except (ValueError, OSError) as error:
-                opened.append((path, error))
-        photos = [photo for _, photo in opened if not isinstance(photo, Exception)]
+    start = 0
+    for batch in opened(files, batch_size):
+        photos = [photo for _, photo in batch if not isinstance(photo, Exception)]
         own = {**options, "seed": options.get("seed", 0) + start}  # or every batch would draw the same
         captions = iter(captioner.caption(photos, batch_size=batch_size, **own))
-        for path, photo in opened:
+        for path, photo in batch:
             yield path, photo if isinstance(photo, Exception) else next(captions)
+        start += len(batch)
 
 
 def as_json(path: Path, caption: Caption) -> dict[str, Any]:
@@ -99,7 +113,8 @@ def not_to_be_replaced(files: Sequence[Path], folder: Path) -> set[str]:
 
     In a folder of overlays a new one replaces the old; beside the photos themselves it takes a name that is free.
     """
-    photos_there = any(folder.samefile(place) for place in {path.parent for path in files})
+    places = {place for path in files for place in (path.parent, path.resolve().parent)}  # a photo may be a link
+    photos_there = any(folder.samefile(place) for place in places)
     return {path.name.casefold() for path in folder.iterdir()} if photos_there else set()
 
 
@@ -153,6 +168,10 @@ def one_line_name(path: Path) -> str:
 def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
     """Make the folders that will be written to, before the work is done."""
     if options.overlay:
+        if options.overlay_format != "html" and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError(
+                "--overlay: needs matplotlib: pip install 'show-attend-tell[demo]', or --overlay-format html"
+            )
         make_folder(Path(options.overlay), f"--overlay {options.overlay}")
     if options.json and options.json != "-":
         make_place(Path(options.json), "--json")
@@ -176,10 +195,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"caption: {one_line(caption)}", file=sys.stderr)
             failed += 1
             continue
-        for each in (caption, *caption.alternatives):
-            print(f"{one_line_name(path)}\t{each.text}{'' if each.finished else ' ...'}", file=lines)
-        if options.words:
-            print_words(caption, lines)
+        if not print_caption(path, caption, options.words, lines) and not (options.overlay or options.json):
+            break
         if options.overlay:
             failed += not draws(path, caption, options, taken)
         if options.json:
@@ -189,6 +206,19 @@ def run(options: argparse.Namespace) -> int:
     elif options.json:
         write_text(Path(options.json), json.dumps(results) + "\n")
     return 2 if failed else 0
+
+
+def print_caption(path: Path, caption: Caption, words: bool, lines: Any) -> bool:
+    """A line per caption, and perhaps one per word; whether anybody reads them."""
+    try:
+        for each in (caption, *caption.alternatives):
+            print(f"{one_line_name(path)}\t{each.text}{'' if each.finished else ' ...'}", file=lines)
+        if words:
+            print_words(caption, lines)
+    except BrokenPipeError:
+        go_on_unheard()
+        return False
+    return True
 
 
 def print_words(caption: Caption, lines: Any) -> None:

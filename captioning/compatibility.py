@@ -1,5 +1,7 @@
 """Whether a checkpoint, a data file and a search fit together; what does not is said in one line."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -91,3 +93,11 @@ def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, imag
             check_fits(checkpoint, data)
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from error
+
+
+def fingerprint(data: CaptionData) -> str:
+    """SHA-256 of the images' names and splits and of all captions: what the order of training depends on."""
+    digest = hashlib.sha256()
+    for i, (name, split) in enumerate(zip(data.names, data.split_of.tolist(), strict=True)):
+        digest.update(json.dumps([name, split, data.references(i)]).encode())
+    return digest.hexdigest()

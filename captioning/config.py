@@ -42,7 +42,8 @@ class DistillationConfig:
     """Trained models that teach this one which words to expect, Hinton et al. (2015), in the likelihood epochs.
 
     Args:
-        teachers: checkpoint folders or run folders; the mean of their probabilities is learned. None: no distillation.
+        teachers: checkpoint folders or run folders; the mean of the probabilities of all their views is learned (of one
+            that looks at two sizes there are two views). None: no distillation.
             Each looks at every whole photo once; what their encoders made of it is kept in memory, up to 4 GiB.
         weight: of their words in the loss; the rest, 1 - weight, is for those of the captions.
     """
@@ -107,7 +108,7 @@ class OptimizerConfig:
         weight_decay: decoupled for adamw, L2 for the others.
         warmup_steps: steps of linear growth from zero.
         schedule: constant, or cosine or linear decay to zero over all epochs, after the warm-up.
-        clip_norm: largest norm of the whole gradient; 0 clips nothing.
+        clip_norm: largest norm of the gradient of all the model; 0 clips nothing.
         average_decay: decay of an exponential moving average of the weights that is validated and saved; 0 keeps none.
     """
 
@@ -169,7 +170,7 @@ class SearchConfig:
     """How a caption is searched.
 
     Args:
-        beam_size: hypotheses per image; 1 is greedy.
+        beam_size: hypotheses per image; 1 is greedy where length_penalty is 0.
         max_length: longest caption in words, the end word not counted.
         length_penalty: hypotheses are ranked by log p / length ** length_penalty; 0 ranks by log p, 1 by its mean.
         no_repeat_ngram: no n-gram of this size comes twice in a caption; 0 blocks nothing.
@@ -206,6 +207,7 @@ class SearchConfig:
         at_most(self, MAX_WORDS, "max_length")
         at_most(self, MAX_LENGTH_PENALTY, "length_penalty")
         not_negative(self, "length_penalty", "no_repeat_ngram", "top_k")
+        finite(self, "temperature")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1] (got {self.top_p})")
         if not self.sample and self.num_captions > self.beam_size:
@@ -303,6 +305,7 @@ class Settings:
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "captions_per_image")
         not_negative(self, "max_steps", "workers", "save_every", "threads", "seed")
+        at_most(self, 2**63 - 1, "seed")
         if self.decoder.attention != "hard":
             unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
         if self.decoder.glimpses > 1 and self.hard.relaxation != "none":

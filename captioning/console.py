@@ -1,5 +1,6 @@
 """What commands print: in one line where a line is meant, and in every letter there is; and the code they end with."""
 
+import codecs
 import io
 import os
 import sys
@@ -14,12 +15,23 @@ def one_line(message: object) -> str:
 
 
 def print_every_letter() -> None:
-    """Let standard output take names of files that are no text, as they came in; on Windows any letter at all.
+    """Let standard output take any letter, names of files that are no text as they came in; if it is closed, nothing.
 
-    Redirected to a file it would have the letters of the system's language alone there, and others would be errors.
+    Redirected to a file it would have the letters of the system's language alone on Windows, and others would be
+    errors; where that language's encoding is not UTF-8, letters that it lacks are written as escapes.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="surrogateescape")
+        if sys.platform == "win32":
+            sys.stdout.reconfigure(encoding="utf-8")
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
+def go_on_unheard() -> None:
+    """After a BrokenPipeError: `| head` has read enough, and what else is printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_code(
@@ -40,14 +52,14 @@ def exit_code(
     print_every_letter()
     try:
         code = command()
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            go_on_unheard()
         return code
     except KeyboardInterrupt as stop:
         print(f"{name}: {one_line(stop) or stopped}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except mistakes as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2

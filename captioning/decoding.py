@@ -146,7 +146,8 @@ def _drawn(config: SearchConfig, generator: torch.Generator | None) -> Callable[
     """How `sample` chooses words."""
 
     def choose(log_p: Float[Tensor, "R V"]) -> Integer[Tensor, " R"]:
-        p = nucleus((log_p / config.temperature).softmax(dim=-1), top_k=config.top_k, top_p=config.top_p)
+        below_best = log_p - log_p.amax(dim=-1, keepdim=True)  # so that no temperature makes all of them infinite
+        p = nucleus((below_best / config.temperature).softmax(dim=-1), top_k=config.top_k, top_p=config.top_p)
         exact = torch.float32 if p.device.type == "mps" else torch.float64  # which Apple's devices do not know
         below = p.to(exact).cumsum(dim=-1)  # torch.multinomial draws a random number per word: that takes longer than p
         u = torch.rand(len(p), 1, dtype=below.dtype, device=p.device, generator=generator) * below[:, -1:]
@@ -213,7 +214,8 @@ def beam_search(decoder: Decoder, a: Vectors, config: SearchConfig) -> list[list
     """Beam search over N images x `beam_size` hypotheses at once.
 
     Finished hypotheses leave the beam, which stays full. An image is done when no hypothesis that is still open can
-    beat its `beam_size` best finished ones; its result depends on no other image.
+    beat its `beam_size` best finished ones; its result depends on no other image, unless locations are sampled, for
+    which all images of a batch share one generator.
 
     Returns:
         For every image up to `beam_size` hypotheses, best first. Where END came less often than `num_captions` asks,

@@ -31,9 +31,10 @@ from captioning.hard_objective import hard_loss
 from captioning.listening import attention_of, forced, replacements
 from captioning.losses import word_nll
 from captioning.model_config import View
-from captioning.models.attention import Look, is_hard, looking
+from captioning.models.attention import Attention, Look, is_hard, looking
 from captioning.models.captioner import CaptioningModel
 from captioning.models.decoder import Output
+from captioning.models.multihead import MultiHead
 from captioning.reward_baselines import build_baseline
 from captioning.tokenization import tokenize
 from captioning.vocabulary import Vocabulary
@@ -118,6 +119,7 @@ def diagnose(
         words,
         own,
         hard=hard,
+        heads=max((part.heads for part in decoder.modules() if isinstance(part, MultiHead)), default=1),
         listening=listening,
         **_numbers(joined, vocabulary, generator, places=places),
     )
@@ -238,7 +240,7 @@ def signal_to_noise(
 
 
 def likelihood(model: CaptioningModel, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Float[Tensor, ""]:
-    """The NLL per word; for hard attention minus its bound, eq. 10, with the gradient of eq. 12 by JUDGE."""
+    """The NLL per word; for hard attention a value whose gradient is that of minus the bound, eq. 10, by JUDGE."""
     if not is_hard(model):
         output = model(a, words)
         return word_nll(output.logits, output.targets).mean()
@@ -269,8 +271,8 @@ def attention_gradients(
     Returns:
         A row per batch; None for a decoder without an attention that learns.
     """
-    attention = attention_of(model.decoders[scale])
-    parameters = [] if attention is None else [p for p in attention.parameters() if p.requires_grad]
+    attention = getattr(model.decoders[scale], "attention", None)
+    parameters = [p for p in attention.parameters() if p.requires_grad] if isinstance(attention, Attention) else []
     if not parameters:
         return None
     found = []

@@ -31,7 +31,7 @@ from captioning.diagnosis import check_enough, diagnose, signal_to_noise
 from captioning.files import make_place
 from captioning.findings import Diagnosis
 from captioning.memory import keep_memory
-from captioning.metrics import DEFAULT_METRICS, Scores, score
+from captioning.metrics import DEFAULT_METRICS, Scores, check_settings, score
 from captioning.model_config import View
 from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
@@ -112,8 +112,26 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 32,
     device: str = "cpu",
+    output: Path | None = None,
 ) -> tuple[dict[str, SplitCaption], Scores]:
-    """Caption a split (its first `limit` images, 0: all) and score it."""
+    """Caption a split and score it.
+
+    Args:
+        captioner: whose captions.
+        data: pixels, or annotation vectors of its encoder.
+        split: which images.
+        config: the search.
+        metrics: which scores, see `score`.
+        tokenizer: auto, ptb or python, see `score`.
+        limit: only the first so many images of the split; 0: all.
+        batch_size: images at once.
+        device: where it runs.
+        output: write the captions to this file, in COCO's results format, before they are scored.
+
+    Raises:
+        ValueError: what does not fit together, or needs Java where there is none; before anything is captioned.
+    """
+    check_settings(tokenizer, metrics)
     ensemble = Ensemble.of(captioner)
     for member in ensemble.members:
         check_fits(member, data)
@@ -129,6 +147,8 @@ def evaluate(
     )
     references = {data.names[i]: data.references(i) for i in indices}
     captions = {name: caption.text for name, caption in found.items()}
+    if output is not None:
+        write_results(output, captions)
     return found, score(captions, references, tokenizer=tokenizer, metrics=tuple(metrics))
 
 
@@ -187,6 +207,8 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], dict[i
     config = search_config(ensemble.search, **given(options, SearchConfig))
     if options.output:
         make_place(Path(options.output), "--output")
+        if Path(options.output).exists() and Path(options.output).samefile(options.data):
+            raise ValueError(f"--output {options.output}: is the data file; give another file to write")
     began = time.perf_counter()
     found, scores = evaluate(
         ensemble,
@@ -198,9 +220,8 @@ def _run(options: argparse.Namespace) -> tuple[Scores, dict[str, object], dict[i
         limit=options.limit,
         batch_size=options.batch_size,
         device=options.device,
+        output=Path(options.output) if options.output else None,
     )
-    if options.output:
-        write_results(Path(options.output), {name: caption.text for name, caption in found.items()})
     look = {"location": config.location} if any(is_hard(model) for model in ensemble.models) else {}
     about: dict[str, object] = {
         "checkpoint": options.checkpoint,

@@ -131,11 +131,15 @@ def make_place(path: Path, option: str) -> None:
     """The folder of a file that will be written, before the work for it is done.
 
     Raises:
-        IsADirectoryError, NotADirectoryError: the file is a folder, or lies in a file; names the option.
+        OSError: the file is a folder or a device, lies in a file, or cannot be written; names the option.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path}: is a folder; give the file to write")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{option} {path}: is no ordinary file; give another name")
     make_folder(path.parent, f"{option} {path}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{option} {path}: its folder cannot be written to")
 
 
 def make_folder(path: Path, option: str) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 class Diagnosis:
     """What a model does with its attention on a split; docs/diagnostics.md says what each number means.
 
-    The fields from `entropy` on are None for a model without attention.
+    The fields from `entropy` on are None for a model without attention. Entropies are shares of ln L, NLLs nats per
+    word. Of several heads the weights are the mean, which may be flat where each of them is sharp.
     """
 
     images: int
     words: int
     nll: float
     hard: bool = False
+    heads: int = 1
     locations: int | None = None
     entropy: float | None = None
     largest: float | None = None
@@ -35,6 +37,10 @@ class Diagnosis:
     def listening_gap(self) -> float | None:
         """Nats per word lost when the weights come from another image."""
         return None if self.listening is None else self.listening["exchanged"]
+
+    @property
+    def _heads(self) -> str:
+        return f"; of the mean of {self.heads} heads" if self.heads > 1 else ""
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values, rounded, without what is not there."""
@@ -66,7 +72,7 @@ class Diagnosis:
         if self.entropy is None:
             return f"attention: none in this model; nll {self.nll:.4f}"
         by_word = " ".join(f"{x:.2f}" for x in self.entropy_by_position or ())
-        parts = [f"H/ln L {self.entropy:.3f} (by word {by_word})", f"largest alpha {self.largest:.3f}"]
+        parts = [f"H/ln L {self.entropy:.3f} (by word {by_word}{self._heads})", f"largest alpha {self.largest:.3f}"]
         if self.off_argmax is not None:
             parts.append(f"samples off the argmax {self.off_argmax:.3f}")
         parts.append(f"mutual information {self.mutual_information:.3f} (shuffled {self.mutual_information_null:.3f})")
@@ -83,7 +89,7 @@ class Diagnosis:
         if self.entropy is None:
             return _aligned([*rows, ("attention", "none in this model")])
         rows += [
-            ("entropy / ln L", f"{self.entropy:.4f}  (L = {self.locations}; uniform: 1)"),
+            ("entropy / ln L", f"{self.entropy:.4f}  (L = {self.locations}; uniform: 1{self._heads})"),
             *((f"  {name}", _class_row(self, name)) for name in self.entropy_by_class or {}),
             ("  by position", " ".join(f"{x:.2f}" for x in self.entropy_by_position or ())),
             ("largest alpha", f"{self.largest:.4f}  (uniform: {1 / (self.locations or 1):.4f})"),
@@ -95,7 +101,9 @@ class Diagnosis:
             ("moves between nouns", f"{self.movement_nouns:.4f}  (between random words: {self.movement_words:.4f})"),
         ]
         if self.listening is None:
-            rows.append(("listening test", "not possible: this decoder asks no attention word by word"))
+            rows.append(
+                ("listening test", "not possible: several heads, or no attention asked word by word")
+            )
         else:
             rows += [(f"NLL, {name}", f"{change:+.4f}") for name, change in self.listening.items()]
         if self.gradient_snr is not None:

@@ -14,13 +14,18 @@ from captioning.reward_baselines import Baseline
 
 
 class HardTerms(NamedTuple):
-    """What eq. 12 adds to the NLL, summed over the words of a batch, and the rewards of its sampled captions.
+    """What eq. 12 adds to the NLL, summed over the words of a batch, and what it says of its sampled captions.
 
-    `captions` sums over those captions: their log p, their words and their number.
+    Args:
+        loss: the terms.
+        entropy: H[alpha], summed over all words.
+        squared_advantage: (R - b)^2, summed over the words whose locations were sampled.
+        captions: log p, words and number of the captions whose locations were sampled.
     """
 
     loss: Float[Tensor, ""]
-    curves: dict[str, Tensor]
+    entropy: Float[Tensor, ""]
+    squared_advantage: Float[Tensor, ""]
     captions: Float[Tensor, "3"]
 
 
@@ -66,7 +71,8 @@ def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, bas
 
     Args:
         output: of hard attention, `hard.samples` rows per caption.
-        log_p: of its targets, given the sampled locations; no gradient goes through it.
+        log_p: of its targets, given the sampled locations (with teachers, minus the loss that is theirs in part); no
+            gradient goes through it.
         hard: weights.
         baseline: b.
     """
@@ -87,4 +93,4 @@ def hard_terms(output: Output, log_p: Float[Tensor, " W"], hard: HardConfig, bas
     if own is not None:
         loss = loss + (own * sampled).sum()
     captions = torch.stack([(log_p_by_word * sampled).sum(), sampled.sum(), sampled.any(dim=-1).sum()])
-    return HardTerms(loss, {"entropy": entropy.detach(), "squared_advantage": squared}, captions)
+    return HardTerms(loss, entropy.detach(), squared, captions)

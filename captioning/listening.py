@@ -59,7 +59,7 @@ def forced(decoder: Decoder, alphas: Float[Tensor, "N K T L"]) -> Iterator[None]
 
 
 def attention_of(decoder: Decoder) -> Attention | None:
-    """The decoder's attention, if it asks one word by word, and if its alphas alone make the contexts."""
+    """The decoder's attention, if it can be forced: asked word by word, its alphas alone make the contexts."""
     own = getattr(decoder, "attention", None)
     return own if isinstance(own, Attention) and own.single else None
 

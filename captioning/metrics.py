@@ -89,7 +89,7 @@ def score(
         ValueError: unknown or impossible settings, keys that do not match, images without references.
         RuntimeError: a Java program failed.
     """
-    _check_settings(tokenizer, metrics)
+    check_settings(tokenizer, metrics)
     _check_captions(candidates, references)
     if tokenizer == "auto":
         tokenizer = "ptb" if java_found() else "python"
@@ -120,7 +120,12 @@ def java_found() -> bool:
     return shutil.which("java") is not None
 
 
-def _check_settings(tokenizer: str, metrics: Sequence[str]) -> None:
+def check_settings(tokenizer: str, metrics: Sequence[str]) -> None:
+    """What was asked of `score` must be known, and Java be there if it needs it.
+
+    Raises:
+        ValueError: naming the argument and what is allowed.
+    """
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer={tokenizer!r} is unknown; use one of {', '.join(TOKENIZERS)}")
     if tokenizer == "ptb" and not java_found():

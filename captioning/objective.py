@@ -39,25 +39,30 @@ def teacher_forced(
 ) -> Objective:
     """The NLL of the captions and the penalty, eq. 14; with hard attention, the terms of eq. 12 too.
 
-    Teachers replace a part of the NLL by that of the words that they expect of these photos.
+    Teachers replace a part of the NLL by that of the words that they expect of these photos; sampled locations are
+    rewarded for both alike, but never for smoothed labels. The `nll` that is reported is of the captions alone.
     """
     settings, samples = run.settings, run.settings.hard.samples
     with run.accelerator.autocast(), looking(run.model, training_look(settings.hard)):
         output: Output = run.wrapped(images, captions.repeat_interleave(samples, dim=1))
     (words,) = run.mean_over_processes(output.mask.sum())
-    nlls = word_nll(output.logits, output.targets, label_smoothing=settings.loss.label_smoothing)
-    learned = nlls
+    smoothing = settings.loss.label_smoothing
+    nlls = word_nll(output.logits, output.targets, label_smoothing=smoothing)
+    exact = word_nll(output.logits.detach(), output.targets) if smoothing else nlls.detach()
+    learned, judged = nlls, exact
     if run.teachers is not None:
         with run.accelerator.autocast():
-            expected = run.teachers(images, captions, samples=samples, photos=photos)
-        learned = torch.lerp(nlls, expected_nll(output.logits, expected), settings.distillation.weight)
+            words_of_teachers = run.teachers(images, captions, samples=samples, photos=photos)
+        expected, weight = expected_nll(output.logits, words_of_teachers), settings.distillation.weight
+        learned, judged = torch.lerp(nlls, expected, weight), torch.lerp(exact, expected.detach(), weight)
     loss, means = with_penalty(run, output, learned.sum() / words)
-    means["nll"] = nlls.sum() / words
+    means["nll"] = exact.sum() / words
     if run.baseline is not None:
-        exact = word_nll(output.logits.detach(), output.targets) if settings.loss.label_smoothing else nlls.detach()
-        terms = hard_terms(output, -exact, settings.hard, run.baseline)
+        terms = hard_terms(output, -judged, settings.hard, run.baseline)
         loss = loss + terms.loss / words
-        means |= {name: x / words for name, x in terms.curves.items()}
+        (sampled,) = run.mean_over_processes(terms.captions[1])
+        means["entropy"] = terms.entropy / words
+        means["squared_advantage"] = terms.squared_advantage / sampled.clamp(min=1)
         update_baseline(run, run.baseline, terms)
     return Objective(loss, int(output.mask.sum()) // settings.hard.samples, means)
 

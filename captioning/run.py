@@ -22,14 +22,13 @@ from tqdm import tqdm
 from captioning.checkpoint import (
     Checkpoint,
     TrainingState,
-    load_checkpoint,
     save_checkpoint,
     write_json,
 )
 from captioning.checks import not_negative
-from captioning.compatibility import check_same_task
+from captioning.compatibility import fingerprint
 from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
-from captioning.console import one_line
+from captioning.console import go_on_unheard, one_line
 from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch
 from captioning.distillation import Teachers, load_teachers
 from captioning.files import hold, make_folder, recover_folder, short_name
@@ -44,7 +43,7 @@ from captioning.optimization import (
 from captioning.precision import number_format, slow_choice
 from captioning.reward_baselines import Baseline
 from captioning.rewards import CiderD, references_with_end
-from captioning.start import start_baseline, start_model
+from captioning.start import left_last, start_baseline, start_model
 
 
 @dataclass
@@ -74,11 +73,33 @@ class Progress:
 
 @dataclass
 class Run:
-    """What the functions below share: the objects of one training run."""
+    """What the functions below share: the objects of one training run.
+
+    Args:
+        settings: with what `precision: auto` came to.
+        accelerator: devices and processes.
+        data: what is learned from.
+        fingerprint: of that.
+        encoder: its config, completed by the data.
+        model: what learns.
+        wrapped: the same, made ready for several processes.
+        optimizer: of the model and the learned baseline.
+        average: the moving average of the weights, if one is kept.
+        baseline: of eq. 12, if attention is hard.
+        teachers: whose expected words are learned too, if there are any.
+        progress: how far it is.
+        writer: of the curves; in the main process.
+        lock: the file that keeps others out of the run's folder; in the main process.
+        likelihood_steps: how many steps minimise the NLL.
+        total_steps: all of the run's.
+        reward: of self-critical training, if there is any.
+        epochs: how many the steps take.
+    """
 
     settings: Settings
     accelerator: Accelerator
     data: CaptionData
+    fingerprint: str
     encoder: EncoderConfig
     model: CaptioningModel
     wrapped: Any
@@ -140,8 +161,10 @@ def start(settings: Settings) -> Run:
     for name in ("last", "best"):
         recover_folder(output / name)
     state = TrainingState.load(output / "last") if settings.resume else None
-    if not settings.resume and (output / "last").exists():
-        raise FileExistsError(f"output={output} holds a run already: resume it with --resume true, or choose another")
+    if not settings.resume and any((output / name).exists() for name in ("last", "best", "config.json")):
+        raise FileExistsError(
+            f"output={output} holds a run or a checkpoint already: resume a run with --resume true, or choose another"
+        )
     data = CaptionData(settings.data)
     settings, accelerator = start_accelerator(settings)
     if settings.threads:
@@ -163,20 +186,42 @@ def start(settings: Settings) -> Run:
     if average is not None:
         average.to(accelerator.device)
     writer, lock = open_output(settings, progress) if accelerator.is_main_process else (None, None)
-    unlimited = dataclasses.replace(settings, max_steps=0)
-    steps = [len(plan(unlimited, data, epoch=epoch)) for epoch in (0, settings.epochs - 1)]
-    likelihood_steps = steps[0] * settings.likelihood_epochs
-    total = likelihood_steps + steps[1] * settings.self_critical.epochs
-    total = min(total, settings.max_steps or total)
-    reward = CiderD(references_with_end(data, "train")) if settings.self_critical.epochs else None
-    parts = (model, wrapped, optimizer, average, baseline, teachers)
-    steps_of = (min(likelihood_steps, total), total)
-    epochs = min(settings.epochs, -(-total // steps[0])) if settings.max_steps else settings.epochs
-    run = Run(settings, accelerator, data, encoder, *parts, progress, writer, lock, *steps_of, reward, epochs)
-    say_what_starts(run, steps[0])
+    steps, likelihood_steps, total_steps, epochs = length(settings, data)
+    run = Run(
+        settings=settings,
+        accelerator=accelerator,
+        data=data,
+        fingerprint=fingerprint(data),
+        encoder=encoder,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        average=average,
+        baseline=baseline,
+        teachers=teachers,
+        progress=progress,
+        writer=writer,
+        lock=lock,
+        likelihood_steps=likelihood_steps,
+        total_steps=total_steps,
+        reward=CiderD(references_with_end(data, "train")) if settings.self_critical.epochs else None,
+        epochs=epochs,
+    )
+    say_what_starts(run, steps)
     if state is not None:
         say_if_elsewhere(run, state)
     return run
+
+
+def length(settings: Settings, data: CaptionData) -> tuple[int, int, int, int]:
+    """A run in numbers: steps of its first epoch, of its likelihood phase and of all of it, and its epochs."""
+    unlimited = dataclasses.replace(settings, max_steps=0)
+    first, last = (len(plan(unlimited, data, epoch=epoch)) for epoch in (0, settings.epochs - 1))
+    likelihood = first * settings.likelihood_epochs
+    total = likelihood + last * settings.self_critical.epochs
+    total = min(total, settings.max_steps or total)
+    epochs = min(settings.epochs, -(-total // first)) if settings.max_steps else settings.epochs
+    return first, min(likelihood, total), total, epochs
 
 
 def go_on(state: TrainingState, folder: Path, optimizer: Optimizer, others: Mapping[str, nn.Module | None]) -> Progress:
@@ -214,20 +259,6 @@ def start_accelerator(settings: Settings) -> tuple[Settings, Accelerator]:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(settings.encoder.scales))],
     )
     return dataclasses.replace(settings, precision=precision), accelerator
-
-
-def left_last(settings: Settings, state: TrainingState | None, data: CaptionData) -> Checkpoint | None:
-    """The model of a run that goes on, which may neither have other settings now nor read other words and images.
-
-    Raises:
-        ValueError: it does; names what.
-    """
-    if state is None:
-        return None
-    check_same_run(settings, state)
-    last = load_checkpoint(Path(settings.output) / "last")
-    check_same_task(last, data, "--resume")
-    return last
 
 
 def open_output(settings: Settings, progress: Progress) -> tuple[SummaryWriter, TextIO]:
@@ -283,16 +314,6 @@ def say_if_elsewhere(run: Run, state: TrainingState) -> None:
     if before != now:
         was, is_now = (", ".join(f"{name} {value}" for name, value in x.items()) for x in (before, now))
         say(run, f"resumed elsewhere ({was}; now {is_now}): it goes on, but not to the same bits")
-
-
-def check_same_run(settings: Settings, state: TrainingState) -> None:
-    """A resumed run may change where it reads and saves and how it validates, but not what the weights depend on."""
-    free = {"resume", "output", "data", "workers", "save_every", "threads", "init_from", "validation"}
-    stored = from_dict(Settings, state.progress["settings"], f"{settings.output}/last: its settings")
-    before, now = to_dict(stored), to_dict(settings)  # what the run's version did not know yet, it had by default
-    for name in now:
-        if name not in free and before[name] != now[name]:
-            raise ValueError(f"--resume: {name} was {before[name]!r} and is now {now[name]!r}")
 
 
 def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Sample]]:
@@ -352,7 +373,8 @@ def save_last(run: Run) -> None:
     if run.baseline is not None:
         tensors |= {f"baseline/{name}": x.detach().cpu().clone() for name, x in run.baseline.state_dict().items()}
     progress, settings = dataclasses.asdict(run.progress), to_dict(run.settings)
-    state = {"progress": progress, "settings": settings, "machine": machine(run.accelerator)}
+    state: dict[str, Any] = {"progress": progress, "settings": settings, "machine": machine(run.accelerator)}
+    state["data"] = run.fingerprint
     folder = Path(run.settings.output) / "last"
     save_checkpoint(folder, as_checkpoint(run, run.model), training=TrainingState(tensors, state))
 
@@ -360,8 +382,11 @@ def save_last(run: Run) -> None:
 def say(run: Run, text: str) -> None:
     """A line of the log, from the main process."""
     if run.accelerator.is_main_process:
-        tqdm.write(text)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody listens any more; the run goes on
+            go_on_unheard()
 
 
 def curve(run: Run, name: str, value: float) -> None:

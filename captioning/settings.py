@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: not YAML: {one_line(error)}") from error
     values = values or {}
     check_fields(Settings, values, f"--config {path}")

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
-from captioning.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_state
-from captioning.compatibility import check_same_task, check_views
-from captioning.config import DecoderConfig, EncoderConfig, Settings
+from captioning.checkpoint import Checkpoint, TrainingState, checkpoint_folder, load_checkpoint, load_state
+from captioning.checks import unread
+from captioning.compatibility import check_same_task, check_views, fingerprint
+from captioning.config import DecoderConfig, EncoderConfig, Settings, from_dict, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
+from captioning.files import short_name
 from captioning.model_config import HARD_ONLY
 from captioning.models.attention import window_size
 from captioning.models.captioner import CaptioningModel, build_model
@@ -44,6 +47,32 @@ def start_model(
     if first is not None:
         load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
     return model, encoder
+
+
+def left_last(settings: Settings, state: TrainingState | None, data: CaptionData) -> Checkpoint | None:
+    """The model of a run that goes on, which may neither have other settings now nor read other words and images.
+
+    Raises:
+        ValueError: it does; names what.
+    """
+    if state is None:
+        return None
+    check_same_run(settings, state)
+    last = load_checkpoint(Path(settings.output) / "last")
+    check_same_task(last, data, "--resume")
+    if state.progress.get("data", fingerprint(data)) != fingerprint(data):  # older states do not say
+        raise ValueError(f"--resume: {data.path} holds other images, splits or captions than the run began with")
+    return last
+
+
+def check_same_run(settings: Settings, state: TrainingState) -> None:
+    """A resumed run may change where it reads and saves and how it validates, but not what the weights depend on."""
+    free = {"resume", "output", "data", "workers", "save_every", "threads", "init_from", "validation"}
+    stored = from_dict(Settings, state.progress["settings"], f"{settings.output}/last: its settings")
+    before, now = to_dict(stored), to_dict(settings)  # what the run's version did not know yet, it had by default
+    for name in now:
+        if name not in free and before[name] != now[name]:
+            raise ValueError(f"--resume: {name} was {before[name]!r} and is now {now[name]!r}")
 
 
 def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encoder: EncoderConfig) -> None:
@@ -116,9 +145,15 @@ def check_validation(settings: Settings, data: CaptionData, encoder: EncoderConf
     """What a validation needs must be there before an epoch is spent.
 
     Raises:
-        ValueError: no images, or a search that the model cannot make.
+        ValueError: fewer than two images, or a search that the model cannot make.
     """
-    data.indices(settings.validation.split)
+    split, images = settings.validation.split, len(data.indices(settings.validation.split))
+    if min(images, settings.validation.images or images) < 2:
+        raise ValueError(
+            f"validation: CIDEr, which chooses the best epoch, takes two images at least ({images} in split {split!r} "
+            f"of {data.path}, validation.images={settings.validation.images}); preprocess folder --val-fraction says "
+            "how many there are"
+        )
     check_views(data, settings.validation.search, [encoder])
     location = settings.validation.search.location
     if location != "argmax" and settings.decoder.attention != "hard":
@@ -148,6 +183,9 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
         wanted, there = getattr(config, name), getattr(stored, name)
         if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
+    unread(config, f"needs pixels; {data.path} stores annotation vectors", ["batch_norm"], prefix="encoder.")
+    if config.weights not in (None, "DEFAULT") and short_name(config.weights) != short_name(str(stored.weights)):
+        raise ValueError(f"encoder.weights={config.weights!r}, but {data.path} was made with {stored.weights!r}")
     if config.train_from is not None:
         raise ValueError(
             f"encoder.train_from={config.train_from!r} needs pixels; {data.path} stores annotation vectors"

@@ -46,7 +46,7 @@ def train(settings: Settings) -> Path:
 
     Raises:
         ValueError, FileNotFoundError: settings, data and checkpoints that do not fit together.
-        Interrupted: on SIGINT or SIGTERM, after the state was saved.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after the state was saved.
     """
     run = start(settings)
     output = Path(settings.output)
@@ -285,7 +285,7 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
         say(run, f"epoch {run.progress.epoch + 1}{where}: {found.line()}")
         patience = min(PATIENCE, -(-run.epochs // run.settings.validation.every))  # a run may have fewer validations
         warning = collapse(run.progress.history, hard=found.hard, at=at, patience=patience)
-        if warning is not None:
+        if warning is not None and found.heads == 1:  # the mean of several sharp heads can be flat
             say(run, f"warning{where}: {warning}")
 
 
@@ -315,14 +315,17 @@ def asked_to_stop(run: Run, stop: dict[str, bool]) -> bool:
     return stop["now"]
 
 
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextmanager
 def _stop_signals() -> Iterator[dict[str, bool]]:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once.
+    """Ctrl-C, SIGTERM and a closed terminal ask the loop to stop after its step; a second one stops at once.
 
     But for one that comes with the first: job queues signal torchrun and its processes, and torchrun tells them again.
     """
     stop, first = {"now": False}, 0.0
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _STOPS}
 
     def ask(number: int, frame: Any) -> None:
         nonlocal first

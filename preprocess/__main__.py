@@ -105,6 +105,9 @@ def _settings(options: argparse.Namespace, trained: EncoderConfig | None) -> Bui
 def _encoder(options: argparse.Namespace) -> tuple[EncoderConfig | None, dict[str, Tensor] | None]:
     """The encoder that was asked for, and its weights if it is a checkpoint's."""
     if options.encoder is None:
+        for name in ("weights", "layer", "grid"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} needs --encoder: without one the file holds pixels")
         return None, None
     try:
         folder = checkpoint_folder(options.encoder)

@@ -316,10 +316,10 @@ def test_the_moving_average_learns_from_all_processes(tiny_data, tmp_path):
             return values + torch.tensor([-50.0, 10.0, 2.0])  # what the other process sampled
 
     run.accelerator = OfTwo()
-    terms = HardTerms(torch.zeros(()), {}, torch.tensor([-30.0, 10.0, 2.0]))
+    terms = HardTerms(*torch.zeros(3), torch.tensor([-30.0, 10.0, 2.0]))
     update_baseline(run, run.baseline, terms)
     assert run.baseline.b.item() == pytest.approx(0.1 * -80 / 20)
-    update_baseline(run, run.baseline, HardTerms(torch.zeros(()), {}, torch.tensor([50.0, -10.0, -2.0])))
+    update_baseline(run, run.baseline, HardTerms(*torch.zeros(3), torch.tensor([50.0, -10.0, -2.0])))
     assert run.baseline.b.item() == pytest.approx(0.1 * -80 / 20)  # no caption was sampled anywhere: nothing is learnt
 
 

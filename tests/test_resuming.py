@@ -22,7 +22,8 @@ from tiny_runs import STEPS, TINY, same_bits, saved_bits, tiny_settings, train_i
 from captioning import training
 from captioning.checkpoint import TrainingState, load_checkpoint
 from captioning.config import LossConfig, RegionEncoderConfig, to_dict
-from captioning.run import check_same_run, plan, start
+from captioning.run import plan, start
+from captioning.start import check_same_run
 
 
 @pytest.mark.parametrize("stop_after", range(1, STEPS))
