@@ -101,9 +101,7 @@ class Diagnosis:
             ("moves between nouns", f"{self.movement_nouns:.4f}  (between random words: {self.movement_words:.4f})"),
         ]
         if self.listening is None:
-            rows.append(
-                ("listening test", "not possible: several heads, or no attention asked word by word")
-            )
+            rows.append(("listening test", "not possible: several heads, or no attention asked word by word"))
         else:
             rows += [(f"NLL, {name}", f"{change:+.4f}") for name, change in self.listening.items()]
         if self.gradient_snr is not None:

@@ -80,7 +80,7 @@ $key
   const layers = [...document.querySelectorAll(".stage [data-word]")];
   const output = document.querySelector("output");
   function show(index) {
-    for (const layer of layers) layer.classList.toggle("shown", Number(layer.dataset.word) === index - 1);
+    for (const layer of layers) layer.classList.toggle("shown", layer.dataset.word === inputs[index].dataset.word);
     output.textContent = inputs[index].dataset.note || "";
   }
   const chosen = () => inputs.findIndex(input => input.checked);
@@ -124,7 +124,8 @@ def html(
     height, width = scene.photo.shape[:2]
     layers = [_map(scene, index) + _outlines(scene, index) for index in range(len(scene.words))]
     labels = [
-        f'<label><input type="radio" name="word" data-note="{escape(_describe(scene, index))}">{escape(word)}</label>'
+        f'<label><input type="radio" name="word" data-word="{index}" data-note="{escape(_describe(scene, index))}">'
+        f"{escape(word)}</label>"
         for index, word in enumerate(scene.words)
     ]
     key = "Attention in multiples of uniform; one colour scale for all words."

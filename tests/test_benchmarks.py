@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_runs import tiny_settings
 
-from benchmarks import hard_gradient, report
+from benchmarks import hard_gradient, report, roofline
 from benchmarks.hard_oracle import small_oracle
 from benchmarks.report import Line, formats, table
 from benchmarks.roofline import Machine, Phase
@@ -170,3 +170,17 @@ def test_a_table_is_aligned_text_or_markdown():
     text = table(lines).splitlines()
     assert [row.index(figure) for row, figure in zip(text, ("figure", "1", "2"), strict=True)] == [8, 8, 8]
     assert table(lines, markdown=True).splitlines()[-1] == "| longer | 2 | 3.14 x | 3 | <= 4 | met |"
+
+
+def test_rates_are_operations_and_bytes_per_second(monkeypatch):
+    monkeypatch.setattr(roofline, "best_of", lambda actions, repeats: [0.5] * len(actions))
+    machine = roofline.measure(size=10, megabytes=1)
+    assert machine.products[torch.float32] == 2 * 10**3 / 0.5
+    assert machine.bandwidth == 2 * 2**20 / 0.5  # a copy reads and writes
+
+
+def test_the_doubt_of_a_mean_of_draws_is_its_variance():
+    vectors = [torch.tensor([1.0, 5.0]), torch.tensor([3.0, 5.0]), torch.tensor([5.0, 2.0])]
+    mean, squares = hard_gradient.moments(iter(vectors))
+    assert mean.tolist() == [3.0, 4.0]
+    assert squares == pytest.approx(4 + 1 + 0 + 1 + 4 + 4)

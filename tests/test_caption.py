@@ -321,3 +321,37 @@ def test_a_device_that_is_not_there_is_named(photos, tiny_checkpoint, command, c
 def test_a_photo_without_pixels_is_refused(tiny_checkpoint):
     with pytest.raises(ValueError, match="a photo has pixels, got 0x4"):
         load_captioner(tiny_checkpoint).caption([Image.new("RGB", (0, 4))])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_when_nobody_reads_any_more_only_what_is_written_elsewhere_is_still_made(
+    wanted, command, photos, tiny_checkpoint, tmp_path, monkeypatch
+):
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    captioned: list[object] = []
+    real = command.captions_of
+
+    def counted(*words: object):
+        for each in real(*words):
+            captioned.append(each)
+            yield each
+
+    monkeypatch.setattr(command, "print", gone, raising=False)
+    monkeypatch.setattr(command, "go_on_unheard", lambda: None)
+    monkeypatch.setattr(
+        command, "captions_of", lambda *words: (captioned.append(each) or each for each in real(*words))
+    )
+    words = [str(photos / name) for name in ("a.png", "b.png", "c.jpg")]
+    more = ["--json", str(tmp_path / "all.json")] if wanted else []
+    assert command.main([*words, "--checkpoint", str(tiny_checkpoint), "--device", "cpu", *more]) == 0
+    assert len(captioned) == (3 if wanted else 1)
+    assert (tmp_path / "all.json").is_file() == wanted
+
+
+def test_large_photos_make_small_batches(command, photos, monkeypatch):
+    monkeypatch.setattr(command, "MAX_PIXELS", 60 * 40)  # c.jpg fills it, a.png and b.png have 32 x 32
+    files = [photos / name for name in ("a.png", "b.png", "c.jpg", "notes.txt", "a.png")]
+    assert [len(batch) for batch in command.opened(files, 16)] == [3, 2]
+    assert [len(batch) for batch in command.opened(files[:2] * 2, 2)] == [2, 2]

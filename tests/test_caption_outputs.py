@@ -1,8 +1,11 @@
 """What caption.py writes beside captions: overlays, JSON and lists of words."""
 
 import dataclasses
+import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,9 @@ from PIL import Image
 from test_caption import captioned
 
 from captioning import load_captioner, visualize, visualize_html
-from captioning.api import OVERLAYS
+from captioning.api import OVERLAYS, Captioner
 from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.images import open_image, to_square, visible_box
 from captioning.models.captioner import build_model
 from captioning.vocabulary import END
 
@@ -149,9 +153,20 @@ def test_words_are_listed_with_probability_gate_and_place(call_caption, photos, 
     caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], max_length=3)[0]
     assert len(out) == 1 + len(caption.words)
     assert caption.alphas is not None
-    row, column = np.unravel_index(caption.alphas[0].argmax(), (4, 4))
-    assert out[1].split()[:4] == [caption.words[0], "log", "p", f"{caption.log_probs[0]:.3f}"]
-    assert f"looked most at row {row + 1} of 4, column {column + 1} of 4" in out[1]
+    told = zip(out[1:], caption.words, caption.log_probs, caption.betas, strict=True)
+    for line, word, log_p, beta in told:
+        assert line.split()[:6] == [word, "log", "p", f"{log_p:.3f}", "beta", f"{beta:.2f}"]
+
+
+def test_every_words_own_place_is_told(command, photos, tiny_checkpoint):
+    caption = load_captioner(tiny_checkpoint).caption([photos / "a.png"], max_length=3)[0]
+    alphas = np.full((3, 4, 4), 0.02)
+    for t, place in enumerate(((0, 1), (2, 3), (3, 0))):
+        alphas[t][place] = 0.7
+    said = io.StringIO()
+    command.print_words(dataclasses.replace(caption, alphas=alphas), said)
+    for line, (row, column) in zip(said.getvalue().splitlines(), ((1, 2), (3, 4), (4, 1)), strict=True):
+        assert line.endswith(f"looked most at row {row} of 4, column {column} of 4 (70%)")
 
 
 def test_one_overlay_that_cannot_be_drawn_loses_nothing_else(call_caption, command, photos, tmp_path, monkeypatch):
@@ -210,3 +225,38 @@ def test_a_file_in_the_place_of_a_folder_is_named_with_its_option(call_caption, 
     assert (code, out, len(err)) == (2, [], 1)
     assert err[0].startswith(f"caption: {option} {tmp_path / 'afile' / 'x'}: ")
     assert err[0].endswith("is no folder and cannot become one: a file is in its place")
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_a_wide_photo_is_seen_and_its_box_drawn_as_its_model_learned_to_see(fit, tiny_checkpoint, photos):
+    one = load_checkpoint(tiny_checkpoint)
+    captioner = Captioner(dataclasses.replace(one, encoder=dataclasses.replace(one.encoder, fit=fit)))
+    caption, photo = captioner.caption(photos / "c.jpg")[0], open_image(photos / "c.jpg")
+    squares = {each: captioner.caption(to_square(photo, 32, each))[0].log_probs for each in ("crop", "squash")}
+    assert squares["crop"] != squares["squash"]
+    assert caption.log_probs == squares[fit]
+    assert caption.box == visible_box(60, 40, fit)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_an_overlay_never_takes_the_place_of_a_photo_that_a_link_leads_to(call_caption, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "own")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "a.png").symlink_to(folder / "a.png")
+    before = (folder / "a.png").read_bytes()
+    code, _, _ = call_caption(tmp_path / "best", "--overlay", folder, "--max-length", 3)
+    assert (code, (folder / "a.png").read_bytes(), (folder / "a-2.png").is_file()) == (0, before, True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")
+def test_a_device_is_not_replaced_by_a_file(call_caption, photos, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = call_caption(photos / "a.png", "--json", tmp_path / "pipe")
+    assert (code, err) == (2, [f"caption: --json {tmp_path}/pipe: is no ordinary file; give another name"])
+
+
+def test_an_overlay_without_matplotlib_is_refused_before_the_work(call_caption, command, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    code, out, err = call_caption(photos / "a.png", "--overlay", tmp_path / "o")
+    assert (code, out, "needs matplotlib" in err[0]) == (2, [], True)
+    assert not (tmp_path / "o").exists()

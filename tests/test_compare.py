@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,12 +198,6 @@ def test_a_picture_that_cannot_be_read_is_refused_before_any_training(call, tmp_
     assert "scene.png" in lines[0]
 
 
-def test_the_time_of_a_step_is_measured_in_a_run_that_leaves_nothing_behind(paths, tiny_annotations, tmp_path):
-    settings = parse_settings(["--config", paths[1], "--data", str(tiny_annotations), "--output", str(tmp_path / "x")])
-    assert 0 < compare.seconds_per_step(settings) < 60
-    assert not (tmp_path / "x").exists()
-
-
 def test_the_time_of_a_step_is_that_of_all_scales():
     batches = [[Sample(i, (), 0, scale=scale)] for i, scale in enumerate((0, 0, 0, 1, 1, 2, 0))]
     assert [batch[0].scale for batch in in_turns(batches)] == [0, 1, 2, 0, 1, 0, 0]
@@ -349,3 +344,27 @@ def test_what_the_budget_decides_is_not_decided_otherwise(words, message, tiny_d
     words = ["--data", str(tiny_data), "--recipes", "shapes_soft", "--output", str(tmp_path / "c"), *words]
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("steady")
+def test_what_is_asked_for_is_what_is_scored(call, monkeypatch):
+    real, asked = compare.evaluate, set()
+
+    def noted(checkpoint, data, split, search, *, limit, **options):
+        asked.add((split, search.beam_size, limit))
+        return real(checkpoint, data, split, search, limit=limit, **options)
+
+    monkeypatch.setattr(compare, "evaluate", noted)
+    assert call("--split", "test", "--beam-size", 1, "--limit", 3, seeds=(0,))[0] == 0
+    assert asked == {("test", 1, 3)}
+
+
+def test_a_step_is_timed_by_the_fastest_round(paths, tiny_annotations, tmp_path, monkeypatch):
+    settings = parse_settings(["--config", paths[1], "--data", str(tiny_annotations), "--output", str(tmp_path / "x")])
+    for name, value in (("WARM", 0), ("TIMED", 2), ("ROUNDS", 2)):
+        monkeypatch.setattr(compare, name, value)
+    took, now = iter([3.0, 5.0, 1.0, 2.0]), [0.0]
+    monkeypatch.setattr(compare, "train_step", lambda *_: now.append(now[-1] + next(took)))
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
+    assert compare.seconds_per_step(settings) == 1.5  # the faster of (3 + 5) / 2 and (1 + 2) / 2
+    assert not (tmp_path / "x").exists()

@@ -28,7 +28,7 @@ from captioning.models.attention import build_gate
 from captioning.models.blocks import NORMS
 from captioning.models.transformer import POSITIONS
 from captioning.optimization import OPTIMIZERS, learning_rate_factor
-from captioning.settings import parse_settings, recipe_path, recipes, settings_parser
+from captioning.settings import parse_settings, read_recipe, recipe_path, recipes, settings_parser
 
 REQUIRED = ["--data", "d.h5", "--output", "runs/x"]
 CONFIGS = (
@@ -357,3 +357,16 @@ def test_there_is_one_recipe(second, intruder, tmp_path, monkeypatch):
 def test_nobody_gets_a_million_layers(make):
     with pytest.raises(ValueError, match=r"(layers|blocks) must be at most 64 \(got 1000000\)"):
         make()
+
+
+def test_a_recipe_without_bottom_is_one_line(tmp_path):
+    (tmp_path / "deep.yaml").write_text("data: " + "[" * 3000 + "]" * 3000)
+    with pytest.raises(ValueError, match=r"--config .*deep\.yaml: not YAML"):
+        read_recipe(tmp_path / "deep.yaml")
+
+
+def test_a_seed_fits_the_generator():
+    with pytest.raises(ValueError, match="seed must be at most"):
+        Settings(data="d", output="o", seed=2**63)
+    with pytest.raises(ValueError, match="temperature must be finite"):
+        SearchConfig(sample=True, temperature=math.inf)

@@ -170,15 +170,17 @@ def test_unk_never_comes_out_even_when_it_is_likeliest():
     assert not {PAD, START, UNK} & {i for hypotheses in found for h in hypotheses for i in h.ids}
 
 
+@pytest.mark.parametrize("method", [greedy, beam_search])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_no_ngram_comes_twice_when_blocked(n):
-    table = torch.full((8, 8), 0.02)
-    table[4, 5] = table[5, 4] = 0.9
-    config = SearchConfig(beam_size=3, max_length=12, no_repeat_ngram=n)
-    for method in (greedy, beam_search):
-        ids = method(TableDecoder(table), torch.zeros(1, 1, 1), config)[0][0].ids
-        ngrams = [ids[i : i + n] for i in range(len(ids) - n + 1)]
-        assert len(ngrams) == len(set(ngrams))
+@pytest.mark.parametrize("loop", [(4,), (4, 5)])
+def test_no_ngram_comes_twice_when_blocked(loop, n, method):
+    table = torch.full((6, 6), 1e-30)
+    table[START, 4] = 1.0
+    for i, word in enumerate(loop):
+        table[word, loop[(i + 1) % len(loop)]], table[word, END] = 0.6, 0.4
+    config = SearchConfig(beam_size=1, no_repeat_ngram=n, max_length=9)
+    ids = method(TableDecoder(table), torch.zeros(1, 1, 1), config)[0][0].ids
+    assert ids == (*(loop * 9)[: n + len(loop) - 1], END)  # one more word, and the first n-gram would come again
 
 
 @pytest.mark.parametrize("method", [greedy, beam_search])
@@ -279,3 +281,22 @@ def test_top_k_and_top_p_keep_the_likeliest_words():
     # 0.5 < 0.6, so that 0.25 is needed too; together 0.75 >= 0.6.
     torch.testing.assert_close(nucleus(p, top_k=0, top_p=0.6), torch.tensor([[0, 2 / 3, 0, 1 / 3]]))
     torch.testing.assert_close(nucleus(p, top_k=0, top_p=1.0), p)
+
+
+@pytest.mark.parametrize(("cut", "said"), [({}, {4, 5, 6}), ({"top_k": 2}, {4, 5}), ({"top_p": 0.45}, {4})])
+def test_samples_are_cut_as_asked(cut, said):
+    table = torch.full((7, 7), 1e-30)
+    table[START, 4:], table[4:, END] = torch.tensor([0.5, 0.3, 0.2]), 1.0
+    config = SearchConfig(sample=True, num_captions=300, **cut)
+    found = sample(TableDecoder(table), torch.zeros(1, 1, 1), config, generator=torch.Generator().manual_seed(0))[0]
+    assert {hypothesis.ids[0] for hypothesis in found} == said
+
+
+@pytest.mark.parametrize(("temperature", "said"), [(1e-300, {4}), (1e300, {4, 5, 6})])
+def test_no_temperature_makes_nonsense(temperature, said):
+    table = torch.full((7, 7), 1e-30)
+    table[START, 4:], table[4:, END] = torch.tensor([0.5, 0.3, 0.2]), 1.0
+    config = SearchConfig(sample=True, num_captions=100, temperature=temperature, max_length=3)
+    found = sample(TableDecoder(table), torch.zeros(1, 1, 1), config, generator=torch.Generator().manual_seed(0))[0]
+    assert {hypothesis.ids[0] for hypothesis in found} >= said
+    assert not {PAD, START, UNK} & {i for hypothesis in found for i in hypothesis.ids}

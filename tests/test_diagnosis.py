@@ -17,6 +17,7 @@ from captioning.diagnosis import attention_gradients, caption_batches, diagnose,
 from captioning.diagnostics import gradient_signal_to_noise
 from captioning.findings import Diagnosis
 from captioning.hard_objective import hard_terms, training_look
+from captioning.listening import forced
 from captioning.losses import word_nll
 from captioning.models.attention import HardAttention, looking
 from captioning.models.captioner import CaptioningModel, build_model
@@ -257,7 +258,7 @@ def test_signal_to_noise_is_that_of_a_step_however_many_images_it_is_estimated_f
     rows = gradients_of(model, caption_batches(model, data, whole, checkpoint.vocabulary, batch_size=size))
     assert len(rows) == len(whole) // size
     found = signal_to_noise(model, data, indices, checkpoint.vocabulary)
-    assert found == pytest.approx(gradient_signal_to_noise(rows) * diagnosis.STEP / size, rel=1e-4)
+    assert found == pytest.approx(gradient_signal_to_noise(rows) * 8 / size, rel=1e-4)
 
 
 def test_signal_to_noise_needs_two_batches(checkpoint, data):
@@ -303,3 +304,37 @@ def test_line_and_table_show_the_numbers(checkpoint, data):
     found = dataclasses.replace(found, gradient_snr=0.1234)
     assert "gradient signal/noise 0.12" in found.line()
     assert "gradient signal/noise" in found.table()
+
+
+def test_the_nll_and_what_looking_elsewhere_changes_of_it(checkpoint, data):
+    indices = data.indices("train").tolist()[:6]
+    (batch,) = caption_batches(checkpoint.model, data, indices, checkpoint.vocabulary, batch_size=32)
+    decoder = checkpoint.model.eval().decoder
+    with torch.no_grad():
+        a = checkpoint.model.annotate(batch.images)
+        own = decoder(a, batch.words)
+        with forced(decoder, torch.full_like(own.alphas, 1 / 16)):
+            uniform = decoder(a, batch.words)
+    found = run(checkpoint, data)
+    assert found.nll == pytest.approx(nll(own).item(), rel=1e-4)
+    assert found.listening["uniform"] == pytest.approx((nll(uniform) - nll(own)).item(), rel=1e-2, abs=1e-5)
+
+
+def test_the_signal_has_the_noise_of_training_in_it(checkpoint, data):
+    model = checkpoint.model.eval()
+    (batch,) = caption_batches(model, data, data.indices("train").tolist()[:4], checkpoint.vocabulary, batch_size=4)
+    for rate in (0.0, 0.5):
+        model.decoder.dropout.p = rate
+        one, same = gradients_of(model, [batch, batch])
+        assert torch.equal(one, same) == (rate == 0.0)
+
+
+def test_of_several_heads_the_mean_is_told_and_the_signal_heard(data):
+    torch.manual_seed(0)
+    config = DecoderConfig(attention="multi_head", heads=2, embedding_dim=8, hidden_dim=8, dropout=0.0)
+    model, encoder = build_model(data.encoder, config, len(data.vocabulary), encoder_state=data.encoder_state())
+    found = run(Checkpoint(model, encoder, config, data.vocabulary), data)
+    assert (found.heads, found.listening) == (2, None)
+    assert "; of the mean of 2 heads)" in found.line()
+    assert "not possible: several heads" in found.table()
+    assert signal_to_noise(model, data, data.indices("train").tolist(), data.vocabulary) is not None

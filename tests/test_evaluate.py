@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,48 @@ def test_too_few_images_to_diagnose_are_refused_before_they_are_captioned(
     monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: pytest.fail("it captioned"))
     code, _, err = call("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--limit", 1, "--diagnose")
     assert (code, err) == (2, ["evaluate: diagnosing attention needs two images or more (got 1)"])
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_diagnosis_looks_where_the_search_looks_and_at_every_size(call, two_scales, tiny_data, monkeypatch):
+    real, asked = evaluating.diagnose, []
+
+    def noted(*subject, location, scale, **options):
+        asked.append((location, scale))
+        return real(*subject, location=location, scale=scale, **options)
+
+    monkeypatch.setattr(evaluating, "diagnose", noted)
+    monkeypatch.setattr(evaluating, "signal_to_noise", lambda *_, scale=0, **__: 10.0 + scale)
+    words = ("--checkpoint", two_scales, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
+    _, out, _ = call(*words, "--diagnose", 4, "--location", "expected")
+    found = json.loads(out[-1])
+    assert asked == [("expected", 0), ("expected", 1)]
+    assert [found[name]["gradient_snr"] for name in ("diagnosis", "diagnosis_48")] == [10.0, 11.0]
+
+
+@pytest.mark.usefixtures("no_java")
+def test_what_cannot_be_scored_is_refused_before_and_captions_are_kept(
+    call, tiny_checkpoint, tiny_data, tmp_path, monkeypatch
+):
+    words = ("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--beam-size", 1, "--output", tmp_path / "r.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "caption_split", lambda *_, **__: pytest.fail("it captioned"))
+        code, _, err = call(*words, "--tokenizer", "ptb")
+        assert (code, "needs Java" in err[0]) == (2, True)
+
+    def broken(*_, **__):
+        raise ValueError("METEOR failed in Java")
+
+    monkeypatch.setattr(evaluating, "score", broken)
+    assert call(*words)[::2] == (2, ["evaluate: METEOR failed in Java"])
+    assert len(json.loads((tmp_path / "r.json").read_text())) == 4
+
+
+def test_the_data_file_is_not_written_over(call, tiny_checkpoint, tiny_data, tmp_path):
+    data = shutil.copy(tiny_data, tmp_path / "d.h5")
+    code, _, err = call("--checkpoint", tiny_checkpoint, "--data", data, "--output", data)
+    assert (code, err) == (2, [f"evaluate: --output {data}: is the data file; give another file to write"])
+    assert Path(data).read_bytes() == tiny_data.read_bytes()
 
 
 @pytest.mark.usefixtures("no_java")

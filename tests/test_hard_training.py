@@ -24,9 +24,11 @@ from captioning import caption as caption_command
 from captioning import evaluate, training
 from captioning.api import load_captioner
 from captioning.checkpoint import load_checkpoint, read_tensors
-from captioning.config import EncoderConfig, HardConfig, LossConfig, Settings
+from captioning.config import DistillationConfig, EncoderConfig, HardConfig, LossConfig, Settings
 from captioning.data import CaptionData, CaptionDataset, load_batches
-from captioning.hard_objective import HardTerms, hard_terms
+from captioning.hard_objective import HardTerms, hard_terms, training_look
+from captioning.losses import REWARDS, by_word, word_nll
+from captioning.models.attention import looking
 from captioning.models.decoder import Output
 from captioning.objective import teacher_forced, update_baseline
 from captioning.reward_baselines import Baseline, Learned
@@ -107,8 +109,8 @@ def test_the_learned_baseline_minimises_its_squared_error_by_hand():
     terms = hard_terms(*drawn_by_hand(), HardConfig(baseline="learned", lambda_r=0.0, lambda_e=0.0), baseline)
     squares = (-7 + 3) ** 2 + (-6 + 2) ** 2 + (-4 + 1) ** 2 + (-3 + 1) ** 2
     assert terms.loss.item() == pytest.approx(squares)
-    assert terms.curves["squared_advantage"].item() == pytest.approx(squares)
-    assert terms.curves["entropy"].item() == pytest.approx(0.1 + 0.2 + 0.3 + 0.4 + 0.5 + 0.6)
+    assert terms.squared_advantage.item() == pytest.approx(squares)
+    assert terms.entropy.item() == pytest.approx(0.1 + 0.2 + 0.3 + 0.4 + 0.5 + 0.6)
 
 
 def test_captions_are_counted_where_locations_were_drawn_for_them():
@@ -336,3 +338,46 @@ def test_two_processes_train_hard_attention(tiny_data, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     saved = read_tensors(tmp_path / "run" / "last" / "training.safetensors")
     assert all(saved[name].isfinite().all() for name in saved if name.startswith("baseline/"))
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_a_place_is_rewarded_for_what_is_learned_there(weight, tiny_data, tmp_path, monkeypatch):
+    # the caption's words and the teacher's, as they are mixed in the loss; or attention would learn something else
+    seen: dict[str, torch.Tensor] = {}
+
+    def noted(output, log_p, hard, baseline):
+        seen["log_p"], seen["output"] = log_p, output
+        return hard_terms(output, log_p, hard, baseline)
+
+    monkeypatch.setattr("captioning.objective.hard_terms", noted)
+    settings = hard_settings(tiny_data, tmp_path / "run", loss=LossConfig(lambda_ds=0.0))
+    run = start(settings)
+    images, captions = first_batch(settings)
+
+    def expected_of(images, captions, *, samples, photos):
+        words = int((captions[..., 1:] != 0).sum()) * samples
+        return torch.full((words, len(run.data.vocabulary)), 1 / len(run.data.vocabulary))
+
+    run.teachers = expected_of
+    run.settings = dataclasses.replace(settings, distillation=DistillationConfig(("a",), weight))
+    found = teacher_forced(run, images, captions)
+    log_p = seen["output"].logits.detach().log_softmax(dim=-1)
+    own = log_p.gather(-1, seen["output"].targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(seen["log_p"], torch.lerp(own, log_p.mean(dim=-1), weight))
+    assert found.means["nll"].item() == pytest.approx(-own.mean().item(), rel=1e-5)
+
+
+def test_the_advantage_is_a_mean_over_the_places_that_were_sampled(tiny_data, tmp_path):
+    settings = hard_settings(tiny_data, tmp_path / "run", HardConfig(baseline="none", expectation_probability=0.5))
+    run = start(settings)
+    torch.manual_seed(1)
+    images, captions = first_batch(settings)
+    with looking(run.model, training_look(settings.hard)):
+        torch.manual_seed(4)
+        output = run.model(images, captions)
+    rewards = REWARDS["to_go"](-by_word(word_nll(output.logits, output.targets), output.mask))
+    sampled = output.mask & (output.locations >= 0)
+    assert 0 < sampled.sum() < output.mask.sum()
+    torch.manual_seed(4)
+    found = teacher_forced(run, images, captions).means["squared_advantage"]
+    assert found.item() == pytest.approx(rewards[sampled].square().mean().item(), rel=1e-4)

@@ -13,6 +13,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import h5py
 import pytest
 import torch
 from conftest import ROOT
@@ -22,8 +23,9 @@ from tiny_runs import STEPS, TINY, same_bits, saved_bits, tiny_settings, train_i
 from captioning import training
 from captioning.checkpoint import TrainingState, load_checkpoint
 from captioning.config import LossConfig, RegionEncoderConfig, to_dict
+from captioning.data import CaptionData
 from captioning.run import plan, start
-from captioning.start import check_same_run
+from captioning.start import check_same_run, left_last
 
 
 @pytest.mark.parametrize("stop_after", range(1, STEPS))
@@ -253,3 +255,19 @@ def test_a_run_goes_on_without_what_it_started_from(tiny_data, tmp_path, whole_r
     shutil.rmtree(tmp_path / "first")
     training.train(dataclasses.replace(settings, resume=True))
     assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == STEPS
+
+
+@pytest.mark.parametrize("name", ["image/split", "image/name", "caption/raw"])
+def test_a_run_goes_on_with_the_images_and_captions_that_it_began_with(name, whole_run, tiny_data, tmp_path):
+    data = tmp_path / "other.h5"
+    shutil.copy(tiny_data, data)
+    with h5py.File(data, "r+") as file:
+        first, second = file[name][0], file[name][8]
+        file[name][0], file[name][8] = second, first
+    state = TrainingState.load(whole_run / "last")
+    settings = tiny_settings(data, whole_run, resume=True)
+    with pytest.raises(ValueError, match=r"other\.h5 holds other images, splits or captions than the run began with"):
+        left_last(settings, state, CaptionData(data))
+    assert left_last(settings, state, CaptionData(tiny_data)) is not None
+    del state.progress["data"]  # as older runs were saved
+    assert left_last(settings, state, CaptionData(data)) is not None

@@ -127,7 +127,7 @@ def test_a_start_needs_as_many_decoders(two_scales, tiny_checkpoint, tiny_data, 
             training.train(settings)
 
 
-def test_training_says_which_size_has_a_dead_attention(tiny_data, tmp_path, capsys):
+def test_training_says_which_size_has_a_dead_attention(tiny_data, tmp_path, capsys, monkeypatch):
     run = start(scaled(tiny_data, tmp_path / "run", epochs=3))
     (coarse,) = run.evaluated.further
     with torch.no_grad():
@@ -147,6 +147,10 @@ def test_training_says_which_size_has_a_dead_attention(tiny_data, tmp_path, caps
     assert last["entropy_48"] == pytest.approx(1)
     assert last["entropy"] < 1
     assert {name for name in last if name.endswith("_48")} >= {"gradient_snr_48", "listening_gap_48"}
+    monkeypatch.setattr(training, "signal_to_noise", lambda *_, scale=0, **__: 10.0 + scale)
+    training.validate(run)
+    last = run.progress.history[-1]
+    assert (last["gradient_snr"], last["gradient_snr_48"]) == (10.0, 11.0)
 
 
 def test_teachers_look_at_the_sizes_that_they_know(two_scales, tiny_data):

@@ -30,7 +30,7 @@ from captioning.config import (
     ValidationConfig,
     to_dict,
 )
-from captioning.data import Batch, CaptionDataset, load_batches
+from captioning.data import Batch, CaptionData, CaptionDataset, load_batches
 from captioning.decoding import sayable
 from captioning.losses import leave_one_out, self_critical
 from captioning.models.captioner import CaptioningModel
@@ -313,3 +313,9 @@ def test_two_processes_go_through_the_phase_together(tiny_annotations, tmp_path)
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "epoch 2: reward" in result.stdout
+
+
+def test_an_epoch_of_the_phase_is_every_image_once(tiny_annotations, tmp_path):
+    phase = tiny_settings(tiny_annotations, tmp_path, captions_per_image=2)
+    data = CaptionData(tiny_annotations)
+    assert [sum(map(len, plan(phase, data, epoch=epoch))) for epoch in (0, phase.epochs - 1)] == [3 * 32, 32]

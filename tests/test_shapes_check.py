@@ -1,13 +1,18 @@
 """Whether captions of the made world are checked rightly: truth, the attention's mass, the cell looked at."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioning.config import SearchConfig
 from captioning.decoding import Hypothesis
 from captioning.evaluate import SplitCaption
+from captioning.models.captioner import build_model
+from preprocess import shapes_check
+from preprocess.__main__ import main as preprocess
 from preprocess.shapes import Scene, Thing, instances
 from preprocess.shapes_check import check, false_ones, main
 
@@ -94,3 +99,24 @@ def test_a_checkpoint_of_other_pictures_is_refused(tiny_checkpoint, tiny_annotat
     save_checkpoint(tmp_path / "other", other)
     assert main(["--checkpoint", str(tmp_path / "other"), "--data", str(tiny_annotations)]) == 2
     assert "annotation vectors of another encoder" in capsys.readouterr().err
+
+
+def test_the_command_searches_as_asked_and_says_how(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    data, hard = tmp_path / "shapes.h5", load_checkpoint(tiny_checkpoint)
+    assert preprocess(["shapes", "--count", "20", "--image-size", "32", "--output", str(data)]) == 0
+    decoder = dataclasses.replace(hard.decoder, attention="hard")
+    model, encoder = build_model(hard.encoder, decoder, len(hard.vocabulary))
+    save_checkpoint(tmp_path / "hard", Checkpoint(model, encoder, decoder, hard.vocabulary))
+    real, searches = shapes_check.caption_split, []
+
+    def noted(model, data, indices, vocabulary, search):
+        searches.append(search)
+        return real(model, data, indices, vocabulary, search)
+
+    monkeypatch.setattr(shapes_check, "caption_split", noted)
+    words = ["--checkpoint", str(tmp_path / "hard"), "--data", str(data), "--location", "sample", "--beam-size", "2"]
+    capsys.readouterr()
+    assert main([*words, "--device", "cpu"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert searches == [SearchConfig(beam_size=2, location="sample")]
+    assert (said["sentences"], said["split"], said["beam_size"], said["location"]) == (2, "val", 2, "sample")

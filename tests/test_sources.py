@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from preprocess.__main__ import _parser as preprocess_parser
+from preprocess.__main__ import main as preprocess
 from preprocess.readers import read_splits
 from preprocess.shapes_grammar import is_true, parse
 from preprocess.sources import Record, coco, flickr, folder, karpathy, shapes
@@ -314,3 +316,30 @@ def test_a_quoted_caption_may_have_two_lines(tmp_path):
     captions = write(tmp_path / "captions.txt", 'image,caption\na.jpg,"A dog\nruns , fast ."\n')
     (record,) = flickr(captions, tmp_path, lists(tmp_path, train="a.jpg"))
     assert record.captions == ("A dog runs , fast .",)
+
+
+@pytest.mark.parametrize(("asked", "names"), [("train", ["a.jpg", "b.jpg"]), ("drop", ["b.jpg"])])
+def test_the_command_passes_restval_on(asked, names, tmp_path):
+    images = [
+        {"filename": name, "split": split, "sentences": [{"raw": "A dog."}]}
+        for name, split in (("a.jpg", "restval"), ("b.jpg", "val"))
+    ]
+    file = write(tmp_path / "dataset.json", {"images": images})
+    words = ["karpathy", "--json", str(file), "--images", str(tmp_path), "--output", "x.h5", "--restval", asked]
+    options = preprocess_parser().parse_args(words)
+    assert [record.name for record in options.read(options)] == names
+
+
+def test_the_seed_makes_the_scenes():
+    read = {}
+    for seed in ("0", "1"):
+        options = preprocess_parser().parse_args(["shapes", "--count", "3", "--seed", seed, "--output", "x.h5"])
+        read[seed] = [record.image for record in options.read(options)]
+        assert read[seed] == [record.image for record in shapes(3, seed=int(seed))]
+    assert read["0"] != read["1"]
+
+
+@pytest.mark.parametrize("option", ["--weights", "--layer", "--grid"])
+def test_options_of_an_encoder_need_one(option, tmp_path, capsys):
+    assert preprocess(["shapes", "--count", "3", "--output", str(tmp_path / "x.h5"), option, "7"]) == 2
+    assert f"{option} needs --encoder" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import sys
 import h5py
 import pytest
 from conftest import ROOT
-from tiny_runs import TINY, tiny_settings, train_interrupted
+from tiny_runs import STEPS, TINY, tiny_settings, train_interrupted
 
 from captioning import training
 from captioning.config import EncoderConfig, SearchConfig, ValidationConfig
@@ -101,3 +101,47 @@ def test_vectors_of_another_encoder_are_nothing_to_go_on_with(tiny_data, tiny_an
     settings = tiny_settings(tiny_annotations, tmp_path / "run", encoder=frozen, augment="none")
     with pytest.raises(ValueError, match=r"init_from=.*first: .* annotation vectors of another encoder"):
         start(dataclasses.replace(settings, init_from=str(tmp_path / "first")))
+
+
+def test_a_run_on_squashed_photos_makes_a_checkpoint_that_squashes(tiny_data, tmp_path):
+    shutil.copy(tiny_data, tmp_path / "squashed.h5")
+    with h5py.File(tmp_path / "squashed.h5", "r+") as file:
+        file.attrs["settings"] = json.dumps({**json.loads(file.attrs["settings"]), "fit": "squash"})
+    run = start(tiny_settings(tmp_path / "squashed.h5", tmp_path / "run"))
+    run.close()
+    assert run.encoder.fit == as_checkpoint(run, run.model).encoder.fit == "squash"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"weights": "mine.pth"}, "weights='mine.pth'"), ({"batch_norm": "train"}, "batch_norm='train'")],
+)
+def test_what_stored_vectors_leave_no_room_for_is_refused(changes, named, tiny_annotations, tmp_path):
+    encoder = EncoderConfig(name="resnet18", **changes)
+    with pytest.raises(ValueError, match=f"encoder.{named}"):
+        start(tiny_settings(tiny_annotations, tmp_path / "run", encoder=encoder, augment="none"))
+
+
+def test_one_image_is_too_few_to_choose_an_epoch_by(tiny_data, tmp_path):
+    # CIDEr weighs words by how few images they belong to; of one image all weigh nothing
+    validation = dataclasses.replace(TINY["validation"], images=1, diagnose_images=0)
+    with pytest.raises(ValueError, match=r"takes two images at least \(4 in split 'val'.*validation.images=1"):
+        start(tiny_settings(tiny_data, tmp_path / "run", validation=validation))
+
+
+@pytest.mark.parametrize("left", ["last/", "best/", "config.json"])
+def test_what_is_in_the_folder_already_is_not_trained_over(left, tiny_data, tmp_path):
+    output = tmp_path / "run"
+    (output / left).mkdir(parents=True) if left.endswith("/") else output.mkdir()
+    (output / "config.json").touch()
+    if left != "config.json":
+        (output / "config.json").unlink()
+    with pytest.raises(FileExistsError, match="holds a run or a checkpoint already"):
+        start(tiny_settings(tiny_data, output))
+
+
+def test_a_warm_up_that_never_ends_is_told(tiny_data, tmp_path, capsys):
+    for warmup in (STEPS, STEPS - 1):
+        optimizer = dataclasses.replace(TINY["optimizer"], warmup_steps=warmup)
+        start(tiny_settings(tiny_data, tmp_path / str(warmup), optimizer=optimizer)).close()
+    assert capsys.readouterr().out.count("its rate grows to the end") == 1

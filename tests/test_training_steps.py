@@ -62,3 +62,17 @@ def test_all_processes_validate_with_the_statistics_of_the_first(tmp_path):
         [*command, str(tmp_path / "apart.py")], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_validation_searches_in_evaluation_mode(decay, tiny_data, tmp_path, monkeypatch):
+    real, modes = training.caption_split, []
+
+    def noted(model, *arguments, **options):
+        modes.append(any(part.training for part in model.modules()))
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(training, "caption_split", noted)
+    optimizer = dataclasses.replace(TINY["optimizer"], average_decay=decay)
+    training.train(tiny_settings(tiny_data, tmp_path / "run", optimizer=optimizer))
+    assert modes == [False, False]

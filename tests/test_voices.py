@@ -101,6 +101,7 @@ def test_an_ensemble_is_evaluated_as_it_captions(pair, tiny_data):
         assert caption.text == evaluated.text
         assert caption.log_probs == pytest.approx(hypothesis.log_probs[:length], abs=1e-4)
         np.testing.assert_allclose(caption.alphas.reshape(length, -1), hypothesis.alphas[:length], atol=1e-4)
+        np.testing.assert_allclose(caption.betas, hypothesis.betas[:length], atol=1e-4)
 
 
 def test_where_one_model_is_wanted_the_members_are_named(pair, tiny_data, capsys):
@@ -205,6 +206,6 @@ def test_the_command_mirrors_and_tells_of_every_cell(command, tiny_checkpoint, p
     assert np.shape(said["locations"]) == (len(said["words"]), 6)
     for line, cells in zip(lines, said["locations"], strict=True):
         assert line.count(" at row ") == len(set(cells))
-    assert (tmp_path / "photo.png").stat().st_size > 0
+    assert (tmp_path / "photo-2.png").stat().st_size > 1000  # the overlay, beside the photo
     assert command.main([*words, "--paths", "3"]) == 2
     assert "paths=3 needs location='sample'" in capsys.readouterr().err
