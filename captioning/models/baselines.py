@@ -13,7 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
-from captioning.models.decoder import LSTMDecoder, Output, State, Step, active_rows, lstm_arguments, lstm_cell, resize
+from captioning.models.decoder import LSTMDecoder, Output, State, Step, active_rows, lstm_arguments, lstm_cell, unroll
 from captioning.vocabulary import PAD
 
 
@@ -175,14 +175,12 @@ class PlainLSTM(LSTMDecoder):
         embedded = self.embedding_dropout(self.E(inputs))
         gates = self.lstm_word(embedded) + memory.gates[:, None, None]
         state = self.initial_state(memory, k)
-        rows = (n, k)
-        states = []
-        for t, active in enumerate(active_rows(mask)):
-            state = State(*(resize(x, rows, active) for x in state))
-            state = self._recur(gates[: active[0], : active[1], t].flatten(0, 1), state)
-            states.append(resize(state.h, active, (n, k)))
-            rows = active
-        h = torch.stack(states, dim=1).unflatten(0, (n, k))
+
+        def step(t: int, corner: tuple[int, int], state: State) -> tuple[State, list[Tensor]]:
+            state = self._recur(gates[: corner[0], : corner[1], t].flatten(0, 1), state)
+            return state, [state.h]
+
+        (h,) = unroll(step, state, active_rows(mask), (n, k))
         hidden = memory.hidden[:, None, None].expand(-1, k, length, -1)
         logits = self._deep_output(h[mask], hidden[mask], embedded[mask])
         return Output(logits, targets[mask], mask, None, None)

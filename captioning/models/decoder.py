@@ -1,7 +1,7 @@
 """The Decoder contract, and the paper's attention LSTM: Xu et al. (2015), eqs. 1-3 and 7."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from captioning.config import DecoderConfig
 from captioning.models.attention import Attention, Context, Memory, build_attention, build_gate
 from captioning.models.late import LateLinear
 from captioning.vocabulary import PAD
+
+S = TypeVar("S", bound=tuple[Tensor, ...])
 
 
 class State(NamedTuple):
@@ -217,23 +219,21 @@ class AttentionLSTM(AttendingLSTM):
         corners = active_rows(mask)
         gates = LateLinear(weight, _by_step(word_gates, corners))
         queries = [None] * len(corners) if word_query is None else _by_step(word_query, corners)
-        rows = (n, k)
-        states, steps = [state.h], []
-        for t, (active, part) in enumerate(zip(corners, self.attention.by_step(memory, corners), strict=True)):
-            state = State(*(resize(x, rows, active) for x in state))
-            forced = () if locations is None else (locations[: active[0], : active[1], t].flatten(0, 1),)
+        parts = iter(self.attention.by_step(memory, corners))
+
+        def step(t: int, corner: tuple[int, int], state: State) -> tuple[State, Sequence[Tensor | None]]:
+            forced = () if locations is None else (locations[: corner[0], : corner[1], t].flatten(0, 1),)
             word = Reading(gates, queries[t])
-            state, z, beta, context = self._recur(word, state, part, *forced, projected=project)
-            states.append(resize(state.h, active, (n, k)))
-            steps.append([None if x is None else resize(x, active, (n, k)) for x in (z, beta, *context[1:])])
-            rows = active
-        z, betas, *looked = (stack_steps(x, (n, k)) for x in zip(*steps, strict=True))
-        h = stack_steps(states, (n, k))
+            state, z, beta, context = self._recur(word, state, next(parts), *forced, projected=project)
+            return state, (state.h, z, beta, *context[1:])
+
+        h, z, betas, *looked = unroll(step, state, corners, (n, k))
         seen = z[mask] if project else self.L_z(z[mask])
-        logits = self._deep_output(h[:, :, 1:][mask], seen, embedded[mask])
-        alphas, locations, log_probs, entropies = looked
-        betas, states = betas.mean(dim=-1), h[:, :, :-1]
-        return Output(logits, targets[mask], mask, alphas, betas, locations, log_probs, entropies, states)
+        logits = self._deep_output(h[mask], seen, embedded[mask])
+        states = torch.cat([state.h.unflatten(0, (n, k)).unsqueeze(2), h[:, :, :-1]], dim=2)
+        alphas, places, log_probs, entropies = looked
+        betas = betas.mean(dim=-1)
+        return Output(logits, targets[mask], mask, alphas, betas, places, log_probs, entropies, states)
 
     def _word_query(self, embedded: Float[Tensor, "... m"]) -> Float[Tensor, "... n"] | None:
         """W E y_{t-1}, if attention is asked with it."""
@@ -318,12 +318,38 @@ def active_rows(mask: Bool[Tensor, "N K T"]) -> list[tuple[int, int]]:
     return [(int(n), int(k)) for n, k in corners.tolist()]
 
 
+def unroll(
+    step: Callable[[int, tuple[int, int], S], tuple[S, Sequence[Tensor | None]]],
+    state: S,
+    corners: Sequence[tuple[int, int]],
+    rows: tuple[int, int],
+) -> list[Any]:
+    """Run a recurrence over a batch that captions leave when they have ended.
+
+    Args:
+        step: from word t, the corner of the batch that goes on, and its rows' state to their next state and results.
+        state: of all rows before the first word; a named tuple of tensors (R, ...).
+        corners: of every word, see `active_rows`.
+        rows: (images, captions) of the whole batch.
+
+    Returns:
+        The results, each (N, K, T, ...) with zeros behind a caption's end, or None.
+    """
+    before, steps = rows, []
+    for t, corner in enumerate(corners):
+        state = cast(Any, type(state))(*(_resize(x, before, corner) for x in state))
+        state, results = step(t, corner, state)
+        steps.append([None if x is None else _resize(x, corner, rows) for x in results])
+        before = corner
+    return [_stack_steps(x, rows) for x in zip(*steps, strict=True)]
+
+
 def _by_step(x: Float[Tensor, "N K T q"], corners: Sequence[tuple[int, int]]) -> list[Float[Tensor, "_ q"]]:
     """The active rows of every step."""
     return [step[:n, :k].flatten(0, 1) for step, (n, k) in zip(x.unbind(2), corners, strict=True)]
 
 
-def resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+def _resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Cut rows grouped as (images, captions) to another corner, or fill up with zeros."""
     if rows == wanted:
         return x
@@ -333,7 +359,7 @@ def resize(x: Tensor, rows: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     return F.pad(x, (*inner, 0, max(k_wanted - k, 0), 0, max(n_wanted - n, 0))).flatten(0, 1)
 
 
-def stack_steps(steps: Sequence[Tensor | None], rows: tuple[int, int]) -> Any:
+def _stack_steps(steps: Sequence[Tensor | None], rows: tuple[int, int]) -> Any:
     """What T steps gave for all rows as (N, K, T, ...); None if they gave nothing."""
     if steps[0] is None:
         return None

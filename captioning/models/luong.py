@@ -15,8 +15,7 @@ from captioning.models.decoder import (
     active_rows,
     lstm_arguments,
     lstm_cell,
-    resize,
-    stack_steps,
+    unroll,
 )
 from captioning.vocabulary import PAD
 
@@ -111,13 +110,13 @@ class LuongDecoder(AttendingLSTM):
         mask = targets != PAD
         memory = self.prepare(a)
         word_gates = self.lstm_word(self.embedding_dropout(self.E(inputs)))
-        unroll = self._unroll_fed if self.input_feeding else self._unroll
-        h, spoken, betas, *looked = unroll(word_gates, mask, memory, locations)
+        read = self._read_fed if self.input_feeding else self._read
+        h, spoken, betas, *looked = read(word_gates, mask, memory, locations)
         alphas, locations, log_probs, entropies = looked
         betas, logits = betas.mean(dim=-1), self.L_o(self.dropout(spoken[mask]))
         return Output(logits, targets[mask], mask, alphas, betas, locations, log_probs, entropies, h)
 
-    def _unroll(
+    def _read(
         self,
         word_gates: Float[Tensor, "N K T g"],
         mask: Bool[Tensor, "N K T"],
@@ -129,19 +128,19 @@ class LuongDecoder(AttendingLSTM):
         Returns:
             h_t, h~_t, beta_t and what was looked at but z, each (N, K, T, ...) or None.
         """
-        rows = active = (mask.shape[0], mask.shape[1])
-        state, steps = self.initial_state(memory, rows[1]), []
-        for t, now in enumerate(active_rows(mask)):
-            state = LuongState(*(resize(x, active, now) for x in state))
-            h, c = self._write(word_gates[: now[0], : now[1], t].flatten(0, 1), state)
-            steps.append(resize(h, now, rows))
-            state, active = LuongState(h, c, state.spoken), now
-        h = torch.stack(steps, dim=1).flatten(0, 1)
+
+        def step(t: int, corner: tuple[int, int], state: LuongState) -> tuple[LuongState, list[Tensor]]:
+            h, c = self._write(word_gates[: corner[0], : corner[1], t].flatten(0, 1), state)
+            return LuongState(h, c, state.spoken), [h]
+
+        rows = (mask.shape[0], mask.shape[1])
+        (h,) = unroll(step, self.initial_state(memory, rows[1]), active_rows(mask), rows)
+        h = h.flatten(0, 2)
         forced = () if locations is None else (locations.flatten(0, 2),)
         spoken, beta, context = self._look(h, memory, *forced)
         return [None if x is None else x.unflatten(0, mask.shape) for x in (h, spoken, beta, *context[1:])]
 
-    def _unroll_fed(
+    def _read_fed(
         self,
         word_gates: Float[Tensor, "N K T g"],
         mask: Bool[Tensor, "N K T"],
@@ -149,17 +148,16 @@ class LuongDecoder(AttendingLSTM):
         locations: Integer[Tensor, "N K T ..."] | None,
     ) -> list[Any]:
         """The same, looking word by word, since each look enters the next step."""
-        rows = active = (mask.shape[0], mask.shape[1])
-        state, steps = self.initial_state(memory, rows[1]), []
-        corners = active_rows(mask)
-        for t, (now, part) in enumerate(zip(corners, self.attention.by_step(memory, corners), strict=True)):
-            state = LuongState(*(resize(x, active, now) for x in state))
-            h, c = self._write(word_gates[: now[0], : now[1], t].flatten(0, 1), state)
-            forced = () if locations is None else (locations[: now[0], : now[1], t].flatten(0, 1),)
-            spoken, beta, context = self._look(h, part, *forced)
-            steps.append([None if x is None else resize(x, now, rows) for x in (h, spoken, beta, *context[1:])])
-            state, active = LuongState(h, c, spoken), now
-        return [stack_steps(x, rows) for x in zip(*steps, strict=True)]
+        rows, corners = (mask.shape[0], mask.shape[1]), active_rows(mask)
+        parts = iter(self.attention.by_step(memory, corners))
+
+        def step(t: int, corner: tuple[int, int], state: LuongState) -> tuple[LuongState, list[Tensor | None]]:
+            h, c = self._write(word_gates[: corner[0], : corner[1], t].flatten(0, 1), state)
+            forced = () if locations is None else (locations[: corner[0], : corner[1], t].flatten(0, 1),)
+            spoken, beta, context = self._look(h, next(parts), *forced)
+            return LuongState(h, c, spoken), [h, spoken, beta, *context[1:]]
+
+        return unroll(step, self.initial_state(memory, rows[1]), corners, rows)
 
     def _write(
         self, word_gates: Float[Tensor, "R g"], state: LuongState
