@@ -99,7 +99,7 @@ def best_of(actions: Sequence[Callable[[], object]], repeats: int) -> list[float
 
 
 def options(description: str, **defaults: int) -> argparse.ArgumentParser:
-    """A command line with one whole number per size, repeats, threads and the form of the table."""
+    """A command line with one whole number per name in `defaults`, torch's threads, and the form of the table."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=" ")

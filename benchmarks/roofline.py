@@ -1,7 +1,7 @@
 """The roofline: no phase of a computation is faster than its products, nor than its reading and writing of memory.
 
 Both rates are measured on the machine, in the same run. A phase costs the larger of the two, and a step the sum of its
-phases; that nothing but the necessary is computed, read and written, and everything at full speed, makes it a limit.
+phases. It is a limit because it assumes that only what is necessary is computed, read and written, at full speed.
 """
 
 from collections.abc import Iterable

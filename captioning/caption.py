@@ -26,7 +26,7 @@ from captioning.devices import default_device
 from captioning.files import make_folder, make_place, write_text
 from captioning.images import EXTENSIONS, MAX_PIXELS, open_image
 from captioning.memory import keep_memory
-from captioning.options import add_drawing_options, add_search_options, given
+from captioning.options import add_sampling_options, add_search_options, given
 
 
 def image_files(arguments: Sequence[str]) -> list[Path]:
@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("images", nargs="+", help="image files, folders, globs")
     parse.add_argument("--checkpoint", default="flickr8k-soft", help="folder, run, or name of a pretrained one")
     add_search_options(parse)
-    add_drawing_options(parse)
+    add_sampling_options(parse)
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument(
         "--overlay",

@@ -28,7 +28,7 @@ Photos = tuple[Integer[Tensor, " N"], Bool[Tensor, " N"]]
 """Numbers of whole photos in a data file, and whether each is seen in a mirror."""
 
 
-class Looks:
+class AnnotationCache:
     """A frozen encoder and the photos of a data file: it looks at each once, for it will never see another thing in it.
 
     It looks at one photo at a time, so what it sees depends on nothing else, and a resumed run sees it too.
@@ -75,7 +75,9 @@ class Teachers:
             encoders = (other.encoder for other in self.models[: i + 1])
             model.encoder = next(encoder for encoder in encoders if _alike(encoder, model.encoder))
         own = dict.fromkeys(model.encoder for model in self.models)
-        self.looks = {} if data is None else {encoder: Looks(encoder, data, ROOM // len(own)) for encoder in own}
+        self.looks = {}
+        if data is not None:
+            self.looks = {encoder: AnnotationCache(encoder, data, ROOM // len(own)) for encoder in own}
 
     @torch.no_grad()
     def __call__(

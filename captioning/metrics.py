@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from captioning.tokenization import FLICKR8K_AGREEMENT, one_line, tokenize
+from captioning.tokenization import FLICKR8K_AGREEMENT, clean_text, tokenize
 
 TOKENIZERS = ("auto", "ptb", "python")
 METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
@@ -161,13 +161,13 @@ def _split_ptb(captions: Sequence[Sequence[str]]) -> Sentences:
 
     pycocoevalcap's own wrapper writes a file into the installed package, which need not be writable, and does not
     notice when Java fails. A character that ends a line for Java would shift all captions behind it: hence
-    `one_line`.
+    `clean_text`.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    text = "\n".join(one_line(caption) for group in captions for caption in group)
+    text = "\n".join(clean_text(caption) for group in captions for caption in group)
     done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)  # noqa: S603
     lines = done.stdout.decode().split("\n")
     count = sum(len(group) for group in captions)

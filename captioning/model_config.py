@@ -74,7 +74,7 @@ PLAIN = View()
 
 
 def all_views(scales: int, *, mirrored: bool) -> list[View]:
-    """Every way to look at an image at so many scales, at the mirrored image too if it is `mirrored`."""
+    """Every way to look at an image: at each of so many scales, and if `mirrored` also at its mirror image there."""
     return [View(scale, turned) for scale in range(scales) for turned in ((False, True) if mirrored else (False,))]
 
 

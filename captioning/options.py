@@ -22,7 +22,7 @@ def add_search_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--multi-scale", action=argparse.BooleanOptionalAction, default=own, help=sides)
 
 
-def add_drawing_options(parser: argparse._ActionsContainer) -> None:
+def add_sampling_options(parser: argparse._ActionsContainer) -> None:
     """The options of several captions of a photo, and of such as are drawn at random."""
     own = argparse.SUPPRESS
     parser.add_argument("--num-captions", type=int, default=own, help="print the N best, one per line")

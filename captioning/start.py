@@ -42,7 +42,7 @@ def start_model(
         region_encoder=settings.region_encoder,
         encoder_state=encoder_state,
     )
-    check_looks(settings.decoder, model.encoder.grids)
+    check_hard_attention(settings.decoder, model.encoder.grids)
     data.check_vectors(model.encoder.grid_of, model.encoder.dim)
     if first is not None:
         load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
@@ -102,7 +102,7 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encode
         )
 
 
-def check_looks(decoder: DecoderConfig, grids: Sequence[tuple[int, int]]) -> None:
+def check_hard_attention(decoder: DecoderConfig, grids: Sequence[tuple[int, int]]) -> None:
     """The looks of hard attention must fit every grid (h, w).
 
     Raises:

@@ -41,7 +41,7 @@ _JOINED = re.compile(r" (?=(?:'s|'re|'ve|'ll|'d|'m|n't)(?: |$))")
 _APART = re.compile(rf"\b({'|'.join(' '.join(parts) for parts in _CONTRACTIONS.values())})\b")
 
 
-def one_line(text: str) -> str:
+def clean_text(text: str) -> str:
     """Replaces every run of white space, control characters and lone surrogates by one space, and strips the ends."""
     return " ".join(text.translate(_INVISIBLE).split())
 

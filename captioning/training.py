@@ -183,7 +183,7 @@ def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:
 
 
 def over_processes(run: Run, values: dict[str, float], words: int) -> tuple[dict[str, float], int]:
-    """What a step reports, of all processes: each divides its sums by the mean count, so the mean of all is meant."""
+    """What a step reports, of all processes: each divided its sums by the mean count, so their mean is that of all."""
     count = run.accelerator.num_processes
     if count == 1:
         return values, words

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.tokenization import one_line
+from captioning.tokenization import clean_text
 
 PAD, START, END, UNK = range(4)
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
@@ -26,7 +26,7 @@ class Vocabulary:
             raise ValueError(f"a vocabulary must begin with {' '.join(SPECIAL)}")
         if not all(isinstance(word, str) and word for word in words):
             raise ValueError("a vocabulary holds words: text that is not empty")
-        strange = next((word for word in words if one_line(word) != word or " " in word), None)
+        strange = next((word for word in words if clean_text(word) != word or " " in word), None)
         if strange is not None:
             raise ValueError(f"a word has no spaces and no control characters (got {strange!r})")
         self.words = tuple(words)

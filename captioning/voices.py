@@ -28,14 +28,14 @@ from captioning.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Checkpoints that caption with one voice, the mean of their probabilities at every word; or one alone.
+    """Checkpoints that caption with one voice, the mean of their views' probabilities at every word; or one alone.
 
     On the disk it is a folder with one checkpoint folder per member and a config.json that names them.
 
     Args:
         members: at least one, all with the words and the fit of the first.
         search: how they caption unless told otherwise.
-        names: of several members.
+        names: one for each of several members, none for one alone.
 
     Raises:
         ValueError: members that cannot speak with one voice.

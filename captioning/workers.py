@@ -45,7 +45,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """After an exception some are left, and SIGTERM, by which Python would end them before it waits for their end."""
+    """Workers can outlive an exception, and ignore SIGTERM, with which Python would end them; so they are killed."""
     left = [worker for worker in _WORKERS if worker.is_alive()]
     if left and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error

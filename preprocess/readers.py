@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from captioning.data import SPLITS
 from captioning.files import parse_json, read_text
-from captioning.tokenization import one_line
+from captioning.tokenization import clean_text
 
 Restval = Literal["train", "drop"]
 _SPLIT_NAMES = {"train": "train", "dev": "val", "val": "val", "test": "test"}
@@ -83,7 +83,7 @@ def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def text(row: dict[str, Any], name: str, where: str) -> str:
     """A field that must hold text."""
     value = row.get(name)
-    if not isinstance(value, str) or not one_line(value):
+    if not isinstance(value, str) or not clean_text(value):
         raise ValueError(f"{where}: {name}={value!r} is not a text")
     return value.strip()
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.data import SPLITS
-from captioning.tokenization import one_line
+from captioning.tokenization import clean_text
 from preprocess.readers import (
     Restval,
     coco_images,
@@ -161,7 +161,7 @@ def folder(
         split = text(row, "split", where) if row.get("split") not in (None, "") else None
         _check_split(split_of, name, split, where)
         split_of[name] = split
-        blank = isinstance(row.get("caption"), str) and not one_line(row["caption"])
+        blank = isinstance(row.get("caption"), str) and not clean_text(row["caption"])
         captions_of.setdefault(name, []).append("" if blank else text(row, "caption", where))
     drawn = _draw_splits(len(captions_of), val_fraction, test_fraction, seed)
     records = []
@@ -189,7 +189,7 @@ def shapes(count: int, *, seed: int = 0) -> list[Record]:
 
 def _record(name: str, split: str, captions: Iterable[str], image: Path) -> list[Record]:
     """One record, or none when no caption says anything."""
-    texts = tuple(caption for caption in map(one_line, captions) if caption)
+    texts = tuple(caption for caption in map(clean_text, captions) if caption)
     return [Record(name, split, texts, image)] if texts else []
 
 

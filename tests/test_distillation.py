@@ -14,7 +14,7 @@ from captioning import training
 from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.config import DistillationConfig, EncoderConfig, HardConfig, SelfCriticalConfig, Settings
 from captioning.data import CaptionData, Sample, load_batches, resizing
-from captioning.distillation import Looks, Photos, Teachers, _views, load_teachers
+from captioning.distillation import AnnotationCache, Photos, Teachers, _views, load_teachers
 from captioning.losses import expected_nll, word_nll
 from captioning.model_config import PLAIN, View
 from captioning.models.captioner import CaptioningModel, build_model
@@ -93,7 +93,7 @@ def watched(paths: list[str], data: Path, **options: Any) -> tuple[Teachers, lis
     looks: list[Any] = []
     for encoder in {model.encoder for model in voice.models}:
         encoder.register_forward_hook(lambda _, pictures, __: looks.append(tuple(pictures[0].shape)))
-        voice.looks[encoder] = Looks(encoder, CaptionData(data), **options)
+        voice.looks[encoder] = AnnotationCache(encoder, CaptionData(data), **options)
     return voice, looks
 
 
@@ -185,7 +185,7 @@ def test_pictures_are_resized_by_the_encoders_own_filter(resample, tiny_data, tm
     assert torch.equal(training_set(run)[Sample(3, (), 0)][0], right)
     run.model.eval()
     torch.testing.assert_close(_views(image[None], run.model.encoder)[0], run.model.encoder(right[None]))
-    (looked,) = Looks(run.model.encoder, run.data)((torch.tensor([3]), torch.tensor([False])))
+    (looked,) = AnnotationCache(run.model.encoder, run.data)((torch.tensor([3]), torch.tensor([False])))
     torch.testing.assert_close(looked, run.model.encoder(right[None]))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioning.metrics import java_found
-from captioning.tokenization import FLICKR8K_AGREEMENT, PUNCTUATION, detokenize, one_line, tokenize
+from captioning.tokenization import FLICKR8K_AGREEMENT, PUNCTUATION, clean_text, detokenize, tokenize
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_tokenising_a_joined_sentence_gives_its_words_back():
 
 
 def test_one_line_holds_no_line_end_and_no_lone_surrogate():
-    assert one_line(" a\u2028b\x0b\x0cc\ud800 d\r\n") == "a b c d"
+    assert clean_text(" a\u2028b\x0b\x0cc\ud800 d\r\n") == "a b c d"
 
 
 @pytest.mark.data

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning.tokenization import one_line
+from captioning.tokenization import clean_text
 from captioning.vocabulary import END, PAD, SPECIAL, START, UNK, Vocabulary
 
 CAPTIONS = [["a", "dog"], ["a", "cat"], ["a", "dog", "runs"]]
@@ -42,7 +42,7 @@ def test_decoding_stops_at_the_end_and_skips_start_and_padding():
     assert Vocabulary.build(CAPTIONS).decode([START, 4, PAD, 5, END, 6]) == ["a", "dog"]
 
 
-printed = st.characters(codec="utf-8").filter(lambda letter: one_line(letter) == letter)
+printed = st.characters(codec="utf-8").filter(lambda letter: clean_text(letter) == letter)
 words = st.text(printed, min_size=1).filter(lambda word: word not in SPECIAL)
 
 

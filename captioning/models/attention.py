@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captioning.config import DecoderConfig
 from captioning.models.alignment import ALIGNMENTS, Alignment
-from captioning.models.late import autocast
+from captioning.models.late import cast_for_autocast
 from captioning.models.multihead import KeysValues, MultiHead
 
 
@@ -98,7 +98,7 @@ class ScoredAttention(Attention):
         self.context_dim = None if value is None else value.out_features
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
-        a = autocast(a)
+        a = cast_for_autocast(a)
         return Memory(a=a, keys=self.alignment.keys(a), values=a if self.value is None else self.value(a))
 
     def by_step(self, memory: Memory, corners: Sequence[tuple[int, int]]) -> list[Memory]:
@@ -135,7 +135,7 @@ class MultiHeadAttention(Attention):
         self.single = multihead.heads == 1
 
     def prepare(self, a: Float[Tensor, "N L D"]) -> Memory:
-        a = autocast(a)
+        a = cast_for_autocast(a)
         keys, values = self.multihead.project(a)
         return Memory(a=a, keys=keys, values=values)
 

@@ -26,7 +26,7 @@ from captioning.models.depthwise import quicken
 
 _RESNETS = list_models(module=torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
 
-ENCODERS: dict[str, dict[int, str]] = {
+CUT_NODES: dict[str, dict[int, str]] = {
     "vgg11": {16: "features.19"},
     "vgg13": {16: "features.23"},
     "vgg16": {16: "features.29"},
@@ -239,7 +239,7 @@ def find_layer(config: EncoderConfig) -> SpatialNode:
     nodes = spatial_nodes(config.name, config.image_size)
     if not nodes:
         raise ValueError(f"{config.name} has no feature map larger than 1x1 at encoder.image_size={config.image_size}")
-    table = ENCODERS.get(config.name, {})
+    table = CUT_NODES.get(config.name, {})
     layer = config.layer
     if layer is None and table:
         layer = table.get(config.image_size // config.grid if config.grid else next(iter(table)))
@@ -285,6 +285,11 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
         name: the torchvision network.
         weights: a .pth or .safetensors file (tensors only: nothing else is ever unpickled), or a name of torchvision's
             weights enum such as DEFAULT or IMAGENET1K_V1.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither a file with a state dict nor a name in the enum.
+        ConnectionError: torchvision cannot download them.
     """
     path = Path(weights)
     if path.suffix in (".pth", ".pt", ".safetensors"):

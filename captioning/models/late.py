@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def autocast(x: Tensor) -> Tensor:
+def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast once, not once per word, to the type that matrix products have here."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -29,7 +29,7 @@ class LateLinear:
     def __init__(self, weight: Float[Tensor, "q p"], offsets: Sequence[Float[Tensor, "_ q"]]):
         self._inputs: list[Tensor] = []
         self._offsets = _LateGradient.apply(self._inputs, weight, *offsets)
-        self._weight = autocast(weight.detach())
+        self._weight = cast_for_autocast(weight.detach())
 
     def __call__(self, x: Float[Tensor, "R p"]) -> Float[Tensor, "R q"]:
         """The next step."""

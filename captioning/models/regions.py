@@ -177,7 +177,11 @@ class RegionTransformer(RegionEncoder):
 
 
 def build_region_encoder(config: RegionEncoderConfig, *, annotation_dim: int, grid: tuple[int, int]) -> RegionEncoder:
-    """The region encoder of a config, for vectors of size D on a grid (h, w)."""
+    """The region encoder of a config, for vectors of size D on a grid (h, w).
+
+    Raises:
+        ValueError: heads that do not divide a size; sinusoidal positions of one that 4 does not divide.
+    """
     encoder = REGION_ENCODERS[config.name](config, annotation_dim)
     if config.positions == "none":
         return encoder
