@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.hard_oracle import Oracle, estimate, exact_gradient, new_baseline, small_oracle
+from benchmarks.report import best_of
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.compatibility import check_same_task
 from captioning.config import HardConfig
@@ -119,17 +120,10 @@ def warm_up(oracle: Oracle, hard: HardConfig, baseline: Baseline, copies: int) -
             optimizer.step()
 
 
-def fastest(once: Callable[[], object], repeats: int = 5) -> float:
+def fastest(once: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs, the process's own time on a CPU."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    found = []
-    for _ in range(repeats):
-        began = clock()
-        once()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(clock() - began)
-    return min(found)
+    return best_of([once], 5, clock=clock)[0]
 
 
 def soft_seconds(oracle: Oracle) -> float:

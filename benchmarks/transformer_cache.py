@@ -6,14 +6,14 @@ their best times in this one run, and the same log-probabilities come out of bot
 """
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.report import best_of
 from captioning.devices import default_device
 from captioning.models.transformer import TransformerDecoder
 from captioning.vocabulary import START
@@ -44,18 +44,6 @@ def recomputed(decoder: TransformerDecoder, a: Tensor, words: Tensor) -> Tensor:
     return torch.stack(logits, dim=1)
 
 
-def best_of(repeats: int, run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Seconds of the fastest run, and what it gave."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        result = run()
-        if result.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times), result
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the ratio."""
     parse = argparse.ArgumentParser(prog="benchmarks.transformer_cache", description=__doc__)
@@ -77,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words[:, 0] = START
         words = words.to(options.device)
         with torch.no_grad():
-            fast, one = best_of(options.repeats, partial(cached, decoder, a, words))
-            slow, other = best_of(options.repeats, partial(recomputed, decoder, a, words))
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+            ways = [partial(way, decoder, a, words) for way in (cached, recomputed)]
+            torch.testing.assert_close(ways[0](), ways[1](), rtol=1e-3, atol=1e-3)
+            fast, slow = best_of(ways, options.repeats)
         print(
             f"{steps} steps: cached {rows * steps / fast:,.0f} words/s, "
             f"recomputed {rows * steps / slow:,.0f} words/s, ratio {slow / fast:.1f}"

@@ -30,7 +30,7 @@ def print_every_letter() -> None:
 
 
 def go_on_unheard() -> None:
-    """After a BrokenPipeError: `| head` has read enough, and what else is printed goes nowhere."""
+    """Where standard output takes no more, since `| head` has read enough: what else is printed goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -385,7 +385,7 @@ def say(run: Run, text: str) -> None:
         try:
             tqdm.write(text)
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody listens any more; the run goes on
+        except OSError:  # nobody listens any more, or the log's disk is full; the run goes on
             go_on_unheard()
 
 

@@ -259,9 +259,7 @@ def share_statistics(run: Run, model: nn.Module) -> None:
 def watch_attention(run: Run, indices: Sequence[int]) -> None:
     """Diagnose the attention on some validation images; its numbers join the validation's. Says if it has collapsed."""
     indices = indices[: run.settings.validation.diagnose_images]
-    if len(indices) < 2:
-        if indices:
-            say(run, "attention: not diagnosed, which takes two images of the validation split")
+    if not indices:
         return
     sides = run.model.encoder.sides
     signals = [attention_signal(run, scale) for scale in range(len(sides))]  # all processes: they add their losses up

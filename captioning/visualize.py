@@ -114,7 +114,7 @@ def overlay(
 def _arrange(scene: Scene, columns: int | None, title: str | None) -> _Layout:
     height, width = scene.photo.shape[:2]
     across = max(0.9, _TILE * min(1.0, width / height))
-    tile = (across, across * height / width)
+    tile = (across, min(across * height / width, 4 * _TILE))  # a very tall photo becomes a narrow strip in it
     count = len(scene.words) + 1
     if columns is None:
         columns = max(2, round(math.sqrt(1.9 * count * (tile[1] + 0.4) / (tile[0] + 0.16))))

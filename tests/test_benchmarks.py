@@ -20,10 +20,10 @@ TOY = ["--locations", "4", "--annotation-dim", "8", "--dim", "4", "--vocabulary"
 COMMANDS = {
     "train_step": ["--images", "2", "--product", "8", *TOY],
     "beam_search": ["--images", "2", "--product", "8", "--words", "3", *TOY],
-    "hard_step": ["--count", "12", "--batches", "1", "--images", "2", *TOY, "--decoder.hidden_dim", "8"],
+    "hard_step": ["--count", "20", "--batches", "1", "--images", "2", *TOY, "--decoder.hidden_dim", "8"],
     "preprocess": ["--count", "3", "--image-size", "64", "--batch-size", "2", "--repeats", "1", "--workers", "0"],
     "finetune_step": ["--batch-size", "1", "--image-size", "64", "--repeats", "1"],
-    "epoch": ["--count", "12", "--steps", "1", "--decoder.hidden_dim", "8", "--batch_size", "4"],
+    "epoch": ["--count", "20", "--steps", "1", "--decoder.hidden_dim", "8", "--batch_size", "4"],
 }
 STORED = {
     "encoder": EncoderConfig(name="resnet18", image_size=32),

@@ -1,5 +1,6 @@
 """What commands print and how they end: one line, any letter, readers that leave, streams that are closed."""
 
+import errno
 import io
 import os
 import subprocess
@@ -76,12 +77,13 @@ def test_any_letter_of_a_file_name_is_printed(monkeypatch):
     assert raw.getvalue() == b"\xff"
 
 
-def test_a_run_goes_on_when_nobody_listens_any_more(tiny_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(errno.ENOSPC, "No space left on device")])
+def test_a_run_goes_on_when_nobody_listens_any_more(error, tiny_data, tmp_path, monkeypatch):
     begun = run.start(tiny_settings(tiny_data, tmp_path / "run"))
     begun.close()
 
     def gone(*_: object) -> None:
-        raise BrokenPipeError
+        raise error
 
     heard: list[str] = []
     monkeypatch.setattr(run.tqdm, "write", gone)

@@ -127,7 +127,11 @@ def test_too_few_images_to_diagnose_are_refused_before_they_are_captioned(
 
 
 @pytest.mark.usefixtures("no_java")
-def test_a_diagnosis_looks_where_the_search_looks_and_at_every_size(call, two_scales, tiny_data, monkeypatch):
+def test_a_diagnosis_looks_where_the_search_looks_and_at_every_size(call, two_scales, tiny_data, tmp_path, monkeypatch):
+    soft = load_checkpoint(two_scales)
+    decoder = dataclasses.replace(TINY_DECODER, attention="hard")
+    model, encoder = build_model(soft.encoder, decoder, len(soft.vocabulary))
+    save_checkpoint(tmp_path / "hard", Checkpoint(model, encoder, decoder, soft.vocabulary))
     real, asked = evaluating.diagnose, []
 
     def noted(*subject, location, scale, **options):
@@ -136,7 +140,7 @@ def test_a_diagnosis_looks_where_the_search_looks_and_at_every_size(call, two_sc
 
     monkeypatch.setattr(evaluating, "diagnose", noted)
     monkeypatch.setattr(evaluating, "signal_to_noise", lambda *_, scale=0, **__: 10.0 + scale)
-    words = ("--checkpoint", two_scales, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
+    words = ("--checkpoint", tmp_path / "hard", "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
     _, out, _ = call(*words, "--diagnose", 4, "--location", "expected")
     found = json.loads(out[-1])
     assert asked == [("expected", 0), ("expected", 1)]

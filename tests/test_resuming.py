@@ -166,7 +166,7 @@ def test_a_run_with_max_steps_is_validated_at_its_end_and_resumes_to_the_same_bi
 
 
 def test_a_finished_run_is_not_overwritten(whole_run, tiny_data):
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="holds a run or a checkpoint already"):
         training.train(tiny_settings(tiny_data, whole_run))
 
 

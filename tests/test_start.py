@@ -117,7 +117,7 @@ def test_a_run_on_squashed_photos_makes_a_checkpoint_that_squashes(tiny_data, tm
     [({"weights": "mine.pth"}, "weights='mine.pth'"), ({"batch_norm": "train"}, "batch_norm='train'")],
 )
 def test_what_stored_vectors_leave_no_room_for_is_refused(changes, named, tiny_annotations, tmp_path):
-    encoder = EncoderConfig(name="resnet18", **changes)
+    encoder = EncoderConfig(name="resnet18", image_size=32, **changes)
     with pytest.raises(ValueError, match=f"encoder.{named}"):
         start(tiny_settings(tiny_annotations, tmp_path / "run", encoder=encoder, augment="none"))
 

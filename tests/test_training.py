@@ -382,9 +382,3 @@ def test_labels_are_smoothed_in_the_nll_and_not_in_the_rewards(attention, tiny_d
         assert found.loss.item() == pytest.approx(smoothed.mean().item(), rel=1e-5)
     else:
         torch.testing.assert_close(judged[1][1], -plain.detach())
-
-
-def test_one_image_is_too_few_to_diagnose_and_training_says_so(tiny_data, tmp_path, capsys):
-    validation = dataclasses.replace(TINY["validation"], images=1)
-    training.train(tiny_settings(tiny_data, tmp_path / "run", validation=validation, max_steps=1))
-    assert "attention: not diagnosed, which takes two images" in capsys.readouterr().out

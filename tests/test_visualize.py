@@ -271,3 +271,12 @@ def test_a_wrong_argument_is_named(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         overlay(arguments.pop("photo"), arguments.pop("words"), arguments.pop("alphas"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_photo_like_a_ribbon_makes_no_giant_figure(tmp_path):
+    figure, _ = overlay(np.zeros((640, 1, 3), dtype=np.uint8), ["one"] * 30, np.full((30, 4, 4), 1 / 16))
+    width, height = figure.get_size_inches() * figure.dpi
+    assert width * height < 40e6
+    figure.savefig(tmp_path / "x.png", format="png")
+    with Image.open(tmp_path / "x.png") as drawn:
+        assert drawn.size == (round(width), round(height))
