@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +74,6 @@ class Caption:
             ValueError: the caption has no alphas, or no words; or `file` ends otherwise.
             FileNotFoundError: there is no such photo.
         """
-        from captioning import visualize  # needs matplotlib, which captioning alone does without
-
         file = Path(file)
         if file.suffix not in OVERLAYS:
             raise ValueError(f"{file}: an overlay ends with {', '.join(OVERLAYS)}")
@@ -85,15 +84,29 @@ class Caption:
         seen = (to_array(_read(image)), self.words, self.alphas)
         looked = {name: getattr(self, name) for name in ("box", "betas", "log_probs", "locations", "window")}
         with fresh_file(file) as partial:
-            if file.suffix == ".png":
-                visualize.overlay(*seen, title=self.text, **looked)[0].savefig(partial, format="png")
-            elif file.suffix == ".gif":
-                visualize.save_gif(visualize.animation(*seen, **looked), partial)
-            else:
-                partial.write_text(visualize.html(*seen, title=self.text, **looked), encoding="utf-8")
+            OVERLAYS[file.suffix](partial, seen, {**looked, "title": self.text})
 
 
-OVERLAYS = (".png", ".gif", ".html")
+def _tiles(file: Path, seen: tuple[Any, ...], looked: dict[str, Any]) -> None:
+    from captioning import visualize  # needs matplotlib, which captioning alone does without
+
+    visualize.overlay(*seen, **looked)[0].savefig(file, format="png")
+
+
+def _animation(file: Path, seen: tuple[Any, ...], looked: dict[str, Any]) -> None:
+    from captioning import visualize
+
+    del looked["title"]  # its words are written one by one
+    visualize.save_gif(visualize.animation(*seen, **looked), file)
+
+
+def _page(file: Path, seen: tuple[Any, ...], looked: dict[str, Any]) -> None:
+    from captioning.visualize_html import html
+
+    file.write_text(html(*seen, **looked), encoding="utf-8")
+
+
+OVERLAYS: dict[str, Callable[..., None]] = {".png": _tiles, ".gif": _animation, ".html": _page}
 """What `Caption.overlay` draws, by the ending of its file."""
 
 ImageLike = str | Path | Image.Image | np.ndarray

@@ -202,7 +202,7 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             results.append(as_json(path, caption))
     if options.json == "-":
-        print(json.dumps(results))
+        print_json(results)
     elif options.json:
         write_text(Path(options.json), json.dumps(results) + "\n")
     return 2 if failed else 0
@@ -216,9 +216,17 @@ def print_caption(path: Path, caption: Caption, words: bool, lines: Any) -> bool
         if words:
             print_words(caption, lines)
     except BrokenPipeError:
-        go_on_unheard()
+        go_on_unheard(lines)
         return False
     return True
+
+
+def print_json(results: Sequence[dict[str, Any]]) -> None:
+    """All results on standard output, as long as somebody reads them."""
+    try:
+        print(json.dumps(results), flush=True)
+    except BrokenPipeError:
+        go_on_unheard(sys.stdout)
 
 
 def print_words(caption: Caption, lines: Any) -> None:

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 _STEERING = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
 
@@ -29,9 +30,10 @@ def print_every_letter() -> None:
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
-def go_on_unheard() -> None:
-    """Where standard output takes no more, since `| head` has read enough: what else is printed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def go_on_unheard(stream: TextIO) -> None:
+    """Where a stream takes no more, since `| head` has read enough: what else is printed there goes nowhere."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def exit_code(
@@ -55,7 +57,7 @@ def exit_code(
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            go_on_unheard()
+            go_on_unheard(sys.stdout)
         return code
     except KeyboardInterrupt as stop:
         print(f"{name}: {one_line(stop) or stopped}", file=sys.stderr)

@@ -144,10 +144,11 @@ def sayable(logits: Float[Tensor, "W V"]) -> Float[Tensor, "W V"]:
 
 def _drawn(config: SearchConfig, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
     """How `sample` chooses words."""
+    temperature = min(max(config.temperature, 1e-30), 1e30)  # in float32 others would be 0 or infinite
 
     def choose(log_p: Float[Tensor, "R V"]) -> Integer[Tensor, " R"]:
         below_best = log_p - log_p.amax(dim=-1, keepdim=True)  # so that no temperature makes all of them infinite
-        p = nucleus((below_best / config.temperature).softmax(dim=-1), top_k=config.top_k, top_p=config.top_p)
+        p = nucleus((below_best / temperature).softmax(dim=-1), top_k=config.top_k, top_p=config.top_p)
         exact = torch.float32 if p.device.type == "mps" else torch.float64  # which Apple's devices do not know
         below = p.to(exact).cumsum(dim=-1)  # torch.multinomial draws a random number per word: that takes longer than p
         u = torch.rand(len(p), 1, dtype=below.dtype, device=p.device, generator=generator) * below[:, -1:]

@@ -304,7 +304,7 @@ def say_what_starts(run: Run, steps: int) -> None:
         say(run, slow)
     warmup, likelihood = run.settings.optimizer.warmup_steps, run.likelihood_steps
     if 0 < likelihood <= warmup:
-        say(run, f"optimizer.warmup_steps={warmup} are no fewer than the run's {likelihood}: its rate grows to the end")
+        say(run, f"the run has {likelihood} steps and optimizer.warmup_steps={warmup}: its rate never reaches its peak")
 
 
 def say_if_elsewhere(run: Run, state: TrainingState) -> None:
@@ -385,8 +385,8 @@ def say(run: Run, text: str) -> None:
         try:
             tqdm.write(text)
             sys.stdout.flush()
-        except OSError:  # nobody listens any more, or the log's disk is full; the run goes on
-            go_on_unheard()
+        except OSError:  # nobody reads standard output any more, or its disk is full; the run goes on
+            go_on_unheard(sys.stdout)
 
 
 def curve(run: Run, name: str, value: float) -> None:

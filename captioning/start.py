@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from captioning.checkpoint import Checkpoint, TrainingState, checkpoint_folder, load_checkpoint, load_state
 from captioning.checks import unread
 from captioning.compatibility import check_same_task, check_views, fingerprint
 from captioning.config import DecoderConfig, EncoderConfig, Settings, from_dict, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
-from captioning.files import short_name
 from captioning.model_config import HARD_ONLY
 from captioning.models.attention import window_size
 from captioning.models.captioner import CaptioningModel, build_model
@@ -60,7 +59,7 @@ def left_last(settings: Settings, state: TrainingState | None, data: CaptionData
     check_same_run(settings, state)
     last = load_checkpoint(Path(settings.output) / "last")
     check_same_task(last, data, "--resume")
-    if state.progress.get("data", fingerprint(data)) != fingerprint(data):  # older states do not say
+    if "data" in state.progress and state.progress["data"] != fingerprint(data):  # older states do not say
         raise ValueError(f"--resume: {data.path} holds other images, splits or captions than the run began with")
     return last
 
@@ -151,8 +150,7 @@ def check_validation(settings: Settings, data: CaptionData, encoder: EncoderConf
     if min(images, settings.validation.images or images) < 2:
         raise ValueError(
             f"validation: CIDEr, which chooses the best epoch, takes two images at least ({images} in split {split!r} "
-            f"of {data.path}, validation.images={settings.validation.images}); preprocess folder --val-fraction says "
-            "how many there are"
+            f"of {data.path}, validation.images={settings.validation.images})"
         )
     check_views(data, settings.validation.search, [encoder])
     location = settings.validation.search.location
@@ -184,7 +182,8 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
         if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
     unread(config, f"needs pixels; {data.path} stores annotation vectors", ["batch_norm"], prefix="encoder.")
-    if config.weights not in (None, "DEFAULT") and short_name(config.weights) != short_name(str(stored.weights)):
+    wanted = PurePath(config.weights or "")
+    if wanted.suffix in (".pth", ".pt", ".safetensors") and wanted.name != PurePath(stored.weights or "").name:
         raise ValueError(f"encoder.weights={config.weights!r}, but {data.path} was made with {stored.weights!r}")
     if config.train_from is not None:
         raise ValueError(

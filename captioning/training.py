@@ -32,6 +32,7 @@ from captioning.objective import teacher_forced
 from captioning.optimization import set_learning_rate
 from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start, training_set
 from captioning.self_critical import self_critical_sampled
+from captioning.workers import STOPS
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error: the state was saved
@@ -313,17 +314,16 @@ def asked_to_stop(run: Run, stop: dict[str, bool]) -> bool:
     return stop["now"]
 
 
-_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 @contextmanager
 def _stop_signals() -> Iterator[dict[str, bool]]:
     """Ctrl-C, SIGTERM and a closed terminal ask the loop to stop after its step; a second one stops at once.
 
     But for one that comes with the first: job queues signal torchrun and its processes, and torchrun tells them again.
+    What is ignored stays so: under nohup a closed terminal stops nothing.
     """
     stop, first = {"now": False}, 0.0
-    before = {number: signal.getsignal(number) for number in _STOPS}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: Any) -> None:
         nonlocal first

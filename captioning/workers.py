@@ -10,6 +10,9 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""What asks a program to end: Ctrl-C, job queues, a terminal that is closed. Windows has no SIGHUP."""
+
 _WORKERS: WeakSet[BaseProcess] = WeakSet()
 
 
@@ -39,7 +42,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     The main process saves where it stands. A worker that is still being started does not know of this yet, which takes
     seconds where processes are not forked.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 

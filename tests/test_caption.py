@@ -339,10 +339,8 @@ def test_when_nobody_reads_any_more_only_what_is_written_elsewhere_is_still_made
             yield each
 
     monkeypatch.setattr(command, "print", gone, raising=False)
-    monkeypatch.setattr(command, "go_on_unheard", lambda: None)
-    monkeypatch.setattr(
-        command, "captions_of", lambda *words: (captioned.append(each) or each for each in real(*words))
-    )
+    monkeypatch.setattr(command, "go_on_unheard", lambda stream: None)
+    monkeypatch.setattr(command, "captions_of", counted)
     words = [str(photos / name) for name in ("a.png", "b.png", "c.jpg")]
     more = ["--json", str(tmp_path / "all.json")] if wanted else []
     assert command.main([*words, "--checkpoint", str(tiny_checkpoint), "--device", "cpu", *more]) == 0
@@ -355,3 +353,24 @@ def test_large_photos_make_small_batches(command, photos, monkeypatch):
     files = [photos / name for name in ("a.png", "b.png", "c.jpg", "notes.txt", "a.png")]
     assert [len(batch) for batch in command.opened(files, 16)] == [3, 2]
     assert [len(batch) for batch in command.opened(files[:2] * 2, 2)] == [2, 2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("heads", ["| head -c 10 >/dev/null", '2>&1 >"$0" | head -c 1 >/dev/null'])
+def test_json_for_a_reader_that_leaves_is_no_error(heads, photos, tiny_checkpoint, tmp_path):
+    many = [str(photos / "a.png"), str(photos / "b.png"), "--num-captions", "5", "--json", "-", "--words"]
+    words = [
+        sys.executable,
+        "-u",
+        str(ROOT / "caption.py"),
+        *many,
+        "--checkpoint",
+        str(tiny_checkpoint),
+        "--device",
+        "cpu",
+    ]
+    script = f'(("$@"; echo $? >&3) {heads}) 3>"$0.code"'
+    subprocess.run(["bash", "-c", script, str(tmp_path / "all.json"), *words], check=True, capture_output=True)
+    assert (tmp_path / "all.json.code").read_text() == "0\n"
+    if ">" in heads.split("|")[0]:
+        assert len(json.loads((tmp_path / "all.json").read_text())) == 2

@@ -5,12 +5,14 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_caption import captioned
 
@@ -253,6 +255,15 @@ def test_a_device_is_not_replaced_by_a_file(call_caption, photos, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     code, _, err = call_caption(photos / "a.png", "--json", tmp_path / "pipe")
     assert (code, err) == (2, [f"caption: --json {tmp_path}/pipe: is no ordinary file; give another name"])
+
+
+def test_a_page_needs_no_matplotlib(photos, tiny_checkpoint, tmp_path):
+    code = "import sys; sys.modules['matplotlib'] = None; from captioning.caption import main; sys.exit(main())"
+    words = [str(photos / "a.png"), "--checkpoint", str(tiny_checkpoint), "--device", "cpu", "--max-length", "3"]
+    words += ["--overlay", str(tmp_path / "o"), "--overlay-format", "html"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_an_overlay_without_matplotlib_is_refused_before_the_work(call_caption, command, photos, tmp_path, monkeypatch):

@@ -198,6 +198,12 @@ def test_a_picture_that_cannot_be_read_is_refused_before_any_training(call, tmp_
     assert "scene.png" in lines[0]
 
 
+def test_the_time_of_a_step_is_measured_in_a_run_that_leaves_nothing_behind(paths, tiny_annotations, tmp_path):
+    settings = parse_settings(["--config", paths[1], "--data", str(tiny_annotations), "--output", str(tmp_path / "x")])
+    assert 0 < compare.seconds_per_step(settings) < 60
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_time_of_a_step_is_that_of_all_scales():
     batches = [[Sample(i, (), 0, scale=scale)] for i, scale in enumerate((0, 0, 0, 1, 1, 2, 0))]
     assert [batch[0].scale for batch in in_turns(batches)] == [0, 1, 2, 0, 1, 0, 0]
@@ -367,4 +373,3 @@ def test_a_step_is_timed_by_the_fastest_round(paths, tiny_annotations, tmp_path,
     monkeypatch.setattr(compare, "train_step", lambda *_: now.append(now[-1] + next(took)))
     monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
     assert compare.seconds_per_step(settings) == 1.5  # the faster of (3 + 5) / 2 and (1 + 2) / 2
-    assert not (tmp_path / "x").exists()

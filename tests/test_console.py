@@ -61,6 +61,8 @@ ENDS = "import sys\nfrom captioning.console import exit_code\nsys.exit(exit_code
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_streams_are_no_error(closed):
     assert python(ENDS.format("here"), shell=f'"$@" {closed}').returncode == 0
+    fails = "import sys\nfrom captioning.console import exit_code\nsys.exit(exit_code('me', lambda: int('x')))"
+    assert python(fails, shell=f'"$@" {closed}').returncode == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
@@ -87,6 +89,6 @@ def test_a_run_goes_on_when_nobody_listens_any_more(error, tiny_data, tmp_path, 
 
     heard: list[str] = []
     monkeypatch.setattr(run.tqdm, "write", gone)
-    monkeypatch.setattr(run, "go_on_unheard", lambda: heard.append("nobody"))
+    monkeypatch.setattr(run, "go_on_unheard", lambda stream: heard.append("nobody"))
     run.say(begun, "epoch 1")
     assert heard == ["nobody"]

@@ -292,11 +292,14 @@ def test_samples_are_cut_as_asked(cut, said):
     assert {hypothesis.ids[0] for hypothesis in found} == said
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("temperature", "said"), [(1e-300, {4}), (1e300, {4, 5, 6})])
-def test_no_temperature_makes_nonsense(temperature, said):
+def test_no_temperature_makes_nonsense(temperature, said, dtype):
     table = torch.full((7, 7), 1e-30)
     table[START, 4:], table[4:, END] = torch.tensor([0.5, 0.3, 0.2]), 1.0
     config = SearchConfig(sample=True, num_captions=100, temperature=temperature, max_length=3)
-    found = sample(TableDecoder(table), torch.zeros(1, 1, 1), config, generator=torch.Generator().manual_seed(0))[0]
+    decoder = TableDecoder(table)
+    decoder.table = decoder.table.to(dtype)
+    found = sample(decoder, torch.zeros(1, 1, 1), config, generator=torch.Generator().manual_seed(0))[0]
     assert {hypothesis.ids[0] for hypothesis in found} >= said
     assert not {PAD, START, UNK} & {i for hypothesis in found for i in hypothesis.ids}

@@ -271,3 +271,28 @@ def test_a_run_goes_on_with_the_images_and_captions_that_it_began_with(name, who
     assert left_last(settings, state, CaptionData(tiny_data)) is not None
     del state.progress["data"]  # as older runs were saved
     assert left_last(settings, state, CaptionData(data)) is not None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows closes no terminals so")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_stops_a_run_unless_it_was_told_to_go_on(nohup, tiny_data, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        real_step, steps = training.train_step, []
+
+        def step_then_hang_up(run, batch):
+            steps.append(real_step(run, batch))
+            if len(steps) == 2:
+                signal.raise_signal(signal.SIGHUP)
+            return steps[-1]
+
+        monkeypatch.setattr(training, "train_step", step_then_hang_up)
+        settings = tiny_settings(tiny_data, tmp_path / "run", epochs=1)
+        if nohup:
+            training.train(settings)
+        else:
+            with pytest.raises(training.Interrupted, match="stopped at step 2"):
+                training.train(settings)
+        assert len(steps) == (4 if nohup else 2)
+    finally:
+        signal.signal(signal.SIGHUP, before)

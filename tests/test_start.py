@@ -144,4 +144,4 @@ def test_a_warm_up_that_never_ends_is_told(tiny_data, tmp_path, capsys):
     for warmup in (STEPS, STEPS - 1):
         optimizer = dataclasses.replace(TINY["optimizer"], warmup_steps=warmup)
         start(tiny_settings(tiny_data, tmp_path / str(warmup), optimizer=optimizer)).close()
-    assert capsys.readouterr().out.count("its rate grows to the end") == 1
+    assert capsys.readouterr().out.count("its rate never reaches its peak") == 1

@@ -79,7 +79,7 @@ def test_tokenising_a_joined_sentence_gives_its_words_back():
     assert tokenize(detokenize(words)) == words
 
 
-def test_one_line_holds_no_line_end_and_no_lone_surrogate():
+def test_clean_text_holds_no_line_end_and_no_lone_surrogate():
     assert clean_text(" a\u2028b\x0b\x0cc\ud800 d\r\n") == "a b c d"
 
 

@@ -230,8 +230,10 @@ class AttentionLSTM(AttendingLSTM):
         h, z, betas, *looked = unroll(step, state, corners, (n, k))
         seen = z[mask] if project else self.L_z(z[mask])
         logits = self._deep_output(h[mask], seen, embedded[mask])
-        states = torch.cat([state.h.unflatten(0, (n, k)).unsqueeze(2), h[:, :, :-1]], dim=2)
         alphas, places, log_probs, entropies = looked
+        states = None
+        if log_probs is not None:  # places were drawn, and a baseline may ask what h_{t-1} expected of them
+            states = torch.cat([state.h.unflatten(0, (n, k)).unsqueeze(2), h[:, :, :-1]], dim=2)
         betas = betas.mean(dim=-1)
         return Output(logits, targets[mask], mask, alphas, betas, places, log_probs, entropies, states)
 
