@@ -97,7 +97,7 @@ def check_same_task(checkpoint: Checkpoint, data: CaptionData, who: str, *, imag
 
 def fingerprint(data: CaptionData) -> str:
     """SHA-256 of the images' names, splits and captions, and of how both were read: what training depends on."""
-    read = {name: data.settings.get(name) for name in ("image_size", "scales", "fit", "mirror", "max_length")}
+    read = {name: data.settings.get(name) for name in ("image_size", "fit", "max_length")}
     digest = hashlib.sha256(json.dumps(read).encode())
     for i, (name, split) in enumerate(zip(data.names, data.split_of.tolist(), strict=True)):
         digest.update(json.dumps([name, split, data.references(i)]).encode())

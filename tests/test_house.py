@@ -62,7 +62,7 @@ ORDER = (
         "listening",
         "diagnosis",
     ),
-    ("rewards", "visualize"),
+    ("rewards", "visualize_scene", "visualize_html", "visualize"),
     (
         "api",
         "soup",

@@ -231,9 +231,7 @@ class AttentionLSTM(AttendingLSTM):
         seen = z[mask] if project else self.L_z(z[mask])
         logits = self._deep_output(h[mask], seen, embedded[mask])
         alphas, places, log_probs, entropies = looked
-        states = None
-        if log_probs is not None:  # places were drawn, and a baseline may ask what h_{t-1} expected of them
-            states = torch.cat([state.h.unflatten(0, (n, k)).unsqueeze(2), h[:, :, :-1]], dim=2)
+        states = torch.cat([state.h.unflatten(0, (n, k)).unsqueeze(2), h[:, :, :-1]], dim=2)
         betas = betas.mean(dim=-1)
         return Output(logits, targets[mask], mask, alphas, betas, places, log_probs, entropies, states)
 
