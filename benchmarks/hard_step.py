@@ -33,6 +33,7 @@ from captioning.training import train_step
 BATCH = ["--batch_size", "40", "--captions_per_image", "1"]
 """That of flickr8k_hard, for both recipes."""
 ONE_PLACE = ["--decoder.glimpses", "1", "--decoder.window", "0", "--hard.lambda_e", "0"]
+ONE_PLACE += ["--hard.expectation_probability", "0"]
 """The paper's look in the place of that recipe's."""
 BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
 STEPS = {
