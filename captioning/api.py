@@ -84,26 +84,25 @@ class Caption:
         seen = (to_array(_read(image)), self.words, self.alphas)
         looked = {name: getattr(self, name) for name in ("box", "betas", "log_probs", "locations", "window")}
         with fresh_file(file) as partial:
-            OVERLAYS[file.suffix](partial, seen, {**looked, "title": self.text})
+            OVERLAYS[file.suffix](partial, self.text, *seen, **looked)
 
 
-def _tiles(file: Path, seen: tuple[Any, ...], looked: dict[str, Any]) -> None:
+def _tiles(file: Path, title: str, *seen: Any, **looked: Any) -> None:
     from captioning import visualize  # needs matplotlib, which captioning alone does without
 
-    visualize.overlay(*seen, **looked)[0].savefig(file, format="png")
+    visualize.overlay(*seen, title=title, **looked)[0].savefig(file, format="png")
 
 
-def _animation(file: Path, seen: tuple[Any, ...], looked: dict[str, Any]) -> None:
+def _animation(file: Path, _: str, *seen: Any, **looked: Any) -> None:
     from captioning import visualize
 
-    del looked["title"]  # its words are written one by one
     visualize.save_gif(visualize.animation(*seen, **looked), file)
 
 
-def _page(file: Path, seen: tuple[Any, ...], looked: dict[str, Any]) -> None:
+def _page(file: Path, title: str, *seen: Any, **looked: Any) -> None:
     from captioning.visualize_html import html
 
-    file.write_text(html(*seen, **looked), encoding="utf-8")
+    file.write_text(html(*seen, title=title, **looked), encoding="utf-8")
 
 
 OVERLAYS: dict[str, Callable[..., None]] = {".png": _tiles, ".gif": _animation, ".html": _page}

@@ -169,9 +169,7 @@ def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
     """Make the folders that will be written to, before the work is done."""
     if options.overlay:
         if options.overlay_format != "html" and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError(
-                "--overlay: needs matplotlib: pip install 'show-attend-tell[demo]', or --overlay-format html"
-            )
+            raise ValueError("--overlay: needs matplotlib (this package's extra `demo`), or --overlay-format html")
         make_folder(Path(options.overlay), f"--overlay {options.overlay}")
     if options.json and options.json != "-":
         make_place(Path(options.json), "--json")

@@ -218,7 +218,7 @@ def signal_to_noise(
     The variance of a mean falls with the number of its images, so that any number of images serves.
 
     Args:
-        model: whose.
+        model: whose attention learns.
         data: as for `diagnose`.
         indices: which images.
         vocabulary: the model's words (not the file's).
@@ -262,7 +262,7 @@ def attention_gradients(
     All but the encoder is in training mode, so that dropout and sampled locations make the noise that training has.
 
     Args:
-        model: whose.
+        model: whose attention learns.
         batches: images of that scale and words.
         loss: of the encoder's annotation vectors (N, L, D) and words (N, K, S).
         scale: whose decoder's attention is asked.

@@ -373,8 +373,8 @@ def save_last(run: Run) -> None:
     if run.baseline is not None:
         tensors |= {f"baseline/{name}": x.detach().cpu().clone() for name, x in run.baseline.state_dict().items()}
     progress, settings = dataclasses.asdict(run.progress), to_dict(run.settings)
-    state: dict[str, Any] = {"progress": progress, "settings": settings, "machine": machine(run.accelerator)}
-    state["data"] = run.fingerprint
+    about = {"machine": machine(run.accelerator), "data": run.fingerprint}
+    state = {"progress": progress, "settings": settings, **about}
     folder = Path(run.settings.output) / "last"
     save_checkpoint(folder, as_checkpoint(run, run.model), training=TrainingState(tensors, state))
 

@@ -182,8 +182,8 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
         if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
     unread(config, f"needs pixels; {data.path} stores annotation vectors", ["batch_norm"], prefix="encoder.")
-    wanted = PurePath(config.weights or "")
-    if wanted.suffix in (".pth", ".pt", ".safetensors") and wanted.name != PurePath(stored.weights or "").name:
+    weights = PurePath(config.weights or "")
+    if weights.suffix in (".pth", ".pt", ".safetensors") and weights.name != PurePath(stored.weights or "").name:
         raise ValueError(f"encoder.weights={config.weights!r}, but {data.path} was made with {stored.weights!r}")
     if config.train_from is not None:
         raise ValueError(
