@@ -16,15 +16,16 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 
 from captioning.visualize_html import html
 from captioning.visualize_scene import (
+    Line,
     Looked,
-    Rect,
+    Point,
     Scene,
     blend,
     gradient,
@@ -98,11 +99,11 @@ def overlay(
     figure = Figure(figsize=layout.size, dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     axes = np.array([figure.add_axes(layout.place(index)) for index in range(len(scene.words) + 1)], dtype=object)
-    _draw_tile(axes[0], scene.photo, "photo", "", ())
+    _draw_tile(axes[0], scene.photo, "photo", "")
     axes[0].texts[0].set(color=_MUTED, fontweight="normal")
-    tiles = zip(axes[1:], scene.maps, scene.words, scene.notes, scene.cells, strict=True)
-    for axis, indices, word, note, cells in tiles:
-        _draw_tile(axis, blend(scene.photo, indices), word, note, cells)
+    for index, axis in enumerate(axes[1:]):
+        _draw_tile(axis, blend(scene.photo, scene.maps[index]), scene.words[index], scene.notes[index])
+        _draw_looks(axis, scene.outlines[index], scene.dots[index])
     if title:
         left, top = layout.margin / layout.size[0], 1 - 0.16 / layout.size[1]
         text = figure.text(left, top, title, va="top", fontsize=12, color=_INK, parse_math=False)
@@ -122,7 +123,7 @@ def _arrange(scene: Scene, columns: int | None, title: str | None) -> _Layout:
     return _Layout(tile, columns, -(-count // columns), 0.26 if title else 0.0, 0.2 if any(scene.notes) else 0.0)
 
 
-def _draw_tile(axis: Axes, picture: np.ndarray, word: str, note: str, cells: Sequence[Rect]) -> None:
+def _draw_tile(axis: Axes, picture: np.ndarray, word: str, note: str) -> None:
     height, width = picture.shape[:2]
     axis.imshow(picture, extent=(0, width, height, 0), interpolation="antialiased")
     axis.set_axis_off()
@@ -131,9 +132,14 @@ def _draw_tile(axis: Axes, picture: np.ndarray, word: str, note: str, cells: Seq
     _fit(label, axis.get_window_extent().width)
     if note:
         axis.annotate(note, (0, 0), (0, -4), fontsize=8, color=_MUTED, va="top", **common)
-    for cell in cells:
-        corner, size = (cell.left, cell.top), (cell.right - cell.left, cell.bottom - cell.top)
-        axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_ACCENT, linewidth=1.4))
+
+
+def _draw_looks(axis: Axes, outline: Sequence[Line], dots: Sequence[Point]) -> None:
+    segments = [((line.left, line.top), (line.right, line.bottom)) for line in outline]
+    axis.add_collection(LineCollection(segments, colors=_ACCENT, linewidths=1.4, capstyle="projecting"), autolim=False)
+    if dots:
+        x, y = [dot.x for dot in dots], [dot.y for dot in dots]
+        axis.scatter(x, y, s=11, color=_ACCENT, edgecolors=_INK, linewidths=0.6, zorder=3)
 
 
 def _fit(text: Text, width: float) -> None:
@@ -164,8 +170,8 @@ def _draw_legend(figure: Figure, scene: Scene, layout: _Layout) -> None:
     notes = ["attention ÷ uniform, for all words"]
     if scene.cropped:
         notes.append("hatched: not seen by the network")
-    if any(scene.cells):
-        notes.append("outlined: where hard attention looked")
+    if scene.legend:
+        notes.append(scene.legend)
     left = layout.margin + bar + 0.15
     for line, note in enumerate(notes):
         text = figure.text(left / width, (0.51 - 0.145 * line) / height, note, va="top", fontsize=8, color=_MUTED)
@@ -189,10 +195,23 @@ def animation(
     """
     scene = prepare(photo, words, alphas, longest_side=longest_side, **looked)
     sentence = _Sentence(scene.words, max(240, scene.photo.shape[1]))
-    frames = [sentence.frame(scene.photo, 0, "", ())]
-    for index, (indices, note, cells) in enumerate(zip(scene.maps, scene.notes, scene.cells, strict=True)):
-        frames.append(sentence.frame(blend(scene.photo, indices), index + 1, note, cells))
+    frames = [sentence.frame(scene.photo, 0, "")]
+    for index, indices in enumerate(scene.maps):
+        picture = _looks_drawn(blend(scene.photo, indices), scene.outlines[index], scene.dots[index])
+        frames.append(sentence.frame(picture, index + 1, scene.notes[index]))
     return frames
+
+
+def _looks_drawn(picture: np.ndarray, outline: Sequence[Line], dots: Sequence[Point]) -> np.ndarray:
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    right, bottom = image.width - 1, image.height - 1
+    for line in outline:  # the last column and row belong to the photo, its far edges do not
+        ends = (min(line.left, right), min(line.top, bottom), min(line.right, right), min(line.bottom, bottom))
+        draw.line(ends, fill=_ACCENT, width=2)
+    for x, y in dots:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_ACCENT, outline=_INK)
+    return np.asarray(image)
 
 
 class _Sentence:
@@ -212,17 +231,12 @@ class _Sentence:
             x += extent + 8
         self.height = int(y + 26 + 24)
 
-    def frame(self, picture: np.ndarray, shown: int, note: str, cells: Sequence[Rect]) -> Image.Image:
+    def frame(self, picture: np.ndarray, shown: int, note: str) -> Image.Image:
         """One frame: the picture, the first `shown` words with the last one dark, and its note."""
         height, width = picture.shape[:2]
         frame = Image.new("RGB", (self.width, height + self.height), "white")
-        offset = (self.width - width) // 2
-        frame.paste(Image.fromarray(picture), (offset, 0))
+        frame.paste(Image.fromarray(picture), ((self.width - width) // 2, 0))
         draw = ImageDraw.Draw(frame)
-        for cell in cells:
-            left, top = cell.left + offset, cell.top
-            edges = (left, top, max(left, cell.right + offset - 1), max(top, cell.bottom - 1))  # cells may be < 1 pixel
-            draw.rectangle(edges, outline=_ACCENT, width=2)
         for index, (word, (x, y)) in enumerate(zip(self.words[:shown], self.places, strict=False)):
             current = index == shown - 1
             draw.text((x, height + y), word, font=self.font, fill=_INK if current else "#9aa1ab")

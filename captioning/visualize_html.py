@@ -10,7 +10,7 @@ from typing import Unpack
 import numpy as np
 from PIL import Image
 
-from captioning.visualize_scene import LEVELS, Looked, Rect, Scene, gradient, legend_ticks, palette, prepare
+from captioning.visualize_scene import LEVELS, Looked, Scene, gradient, legend_ticks, palette, prepare
 
 _MAP_SIDE = 256
 """Maps are stored with this many pixels on the longer side; the browser enlarges them smoothly."""
@@ -34,9 +34,11 @@ _PAGE = Template("""<!doctype html>
   .stage { position: relative; overflow: hidden; border-radius: 10px; background: #000;
            aspect-ratio: $width / $height; }
   .stage img { position: absolute; inset: 0; width: 100%; height: 100%; }
-  .stage .map, .stage .cell { opacity: 0; visibility: hidden; transition: opacity .18s, visibility .18s; }
+  .stage .map, .stage .looks { opacity: 0; visibility: hidden; transition: opacity .18s, visibility .18s; }
   .stage .shown { opacity: 1; visibility: visible; }
-  .cell { position: absolute; box-sizing: border-box; border: 2px solid #00d5ee; }
+  .looks { position: absolute; inset: 0; width: 100%; height: 100%; fill: none; stroke: #00d5ee; }
+  .looks path { stroke-width: 2px; stroke-linecap: square; vector-effect: non-scaling-stroke; }
+  .looks .dots { stroke-width: 8px; stroke-linecap: round; }
   @media (prefers-reduced-motion: reduce) { .stage * { transition: none; } }
   fieldset { margin: 1rem 0 .25rem; padding: 0; border: 0; display: flex; flex-wrap: wrap; gap: .15rem .1rem; }
   legend { float: left; width: 100%; padding: 0 0 .3rem; color: var(--muted); font-size: .8rem; }
@@ -122,7 +124,7 @@ def html(
     """
     scene = prepare(photo, words, alphas, **looked)
     height, width = scene.photo.shape[:2]
-    layers = [_map(scene, index) + _outlines(scene, index) for index in range(len(scene.words))]
+    layers = [_map(scene, index) + _looks(scene, index) for index in range(len(scene.words))]
     labels = [
         f'<label><input type="radio" name="word" data-word="{index}" data-note="{escape(_describe(scene, index))}">'
         f"{escape(word)}</label>"
@@ -131,8 +133,8 @@ def html(
     key = "Attention in multiples of uniform; one colour scale for all words."
     if scene.cropped:
         key += " Hatched: outside the network's view."
-    if any(scene.cells):
-        key += " Outlined: where hard attention looked."
+    if scene.legend:
+        key += f" {scene.legend.capitalize()}."
     ticks = (f'<span style="left: {100 * at:.1f}%">{label}</span>' for label, at in legend_ticks(scene.maximum).items())
     return _PAGE.substitute(
         title=escape(title or " ".join(scene.words)),
@@ -164,16 +166,16 @@ def _map(scene: Scene, index: int) -> str:
     return f'<img class="map" data-word="{index}" src="{_data_uri(image, "PNG", transparency=opacity)}" alt="{alt}">'
 
 
-def _outlines(scene: Scene, index: int) -> str:
-    return "".join(_outline(scene, index, cell) for cell in scene.cells[index])
-
-
-def _outline(scene: Scene, index: int, cell: Rect) -> str:
+def _looks(scene: Scene, index: int) -> str:
+    """What hard attention saw for the word, outlined, and the places that it took: lines of no length are dots."""
+    if not scene.outlines[index]:
+        return ""
     height, width = scene.photo.shape[:2]
-    left, top = 100 * cell.left / width, 100 * cell.top / height
-    across, down = 100 * (cell.right - cell.left) / width, 100 * (cell.bottom - cell.top) / height
-    style = f"left: {left:.2f}%; top: {top:.2f}%; width: {across:.2f}%; height: {down:.2f}%"
-    return f'<div class="cell" data-word="{index}" style="{style}"></div>'
+    border = "".join(f"M{x:.2f} {y:.2f}L{right:.2f} {bottom:.2f}" for x, y, right, bottom in scene.outlines[index])
+    dots = "".join(f"M{x:.2f} {y:.2f}h0" for x, y in scene.dots[index])
+    paths = f'<path d="{border}"/>' + (f'<path class="dots" d="{dots}"/>' if dots else "")
+    size = f'viewBox="0 0 {width} {height}" preserveAspectRatio="none"'
+    return f'<svg class="looks" data-word="{index}" {size} aria-hidden="true">{paths}</svg>'
 
 
 def _data_uri(image: Image.Image, kind: str, **options: object) -> str:

@@ -42,6 +42,22 @@ class Rect(NamedTuple):
     bottom: float
 
 
+class Line(NamedTuple):
+    """A straight line on the photo, upright or level: its ends in pixels, as floats."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class Point(NamedTuple):
+    """A point of the photo, in pixels from its left upper corner, as floats."""
+
+    x: float
+    y: float
+
+
 class Looked(TypedDict, total=False):
     """What else is known of a caption, as `prepare` takes it."""
 
@@ -62,9 +78,11 @@ class Scene:
         maps: uint8 (T, H, W), indices into `palette()`.
         notes: per word its gate and probability in print, or an empty string.
         peaks: per word the largest attention drawn, in multiples of uniform.
-        cells: per word what hard attention looked at, cells or windows of them, in the photo's pixels.
+        outlines: per word the border of what hard attention saw, in the photo's pixels; empty without it.
+        dots: per word the middles of the cells that it took, where it saw more than these cells.
         maximum: the multiple of uniform at the top of the colour scale.
         cropped: whether a part of the photo is hatched.
+        legend: what outlines and dots mean; empty where there are none.
     """
 
     photo: np.ndarray
@@ -72,9 +90,16 @@ class Scene:
     maps: np.ndarray
     notes: tuple[str, ...]
     peaks: tuple[float, ...]
-    cells: tuple[tuple[Rect, ...], ...]
+    outlines: tuple[tuple[Line, ...], ...]
+    dots: tuple[tuple[Point, ...], ...]
     maximum: float
     cropped: bool
+
+    @property
+    def legend(self) -> str:
+        if any(self.dots):
+            return "outlined: what hard attention saw; dots: the places that it took"
+        return "outlined: where hard attention looked" if any(self.outlines) else ""
 
 
 def upsample(alpha: np.ndarray, size: tuple[int, int], *, smooth: bool = True) -> np.ndarray:
@@ -199,8 +224,9 @@ def prepare(
         box: (left, top, right, bottom) in the photo's pixels that the network saw; None: all of it.
         betas: (T,) gates, printed beside the words.
         log_probs: (T,) natural logarithms, printed as probabilities.
-        locations: (T,) or (T, G), the cells that hard attention looked at, counted row by row; outlined.
-        window: an odd number of cells: the looks took in squares so far across, with these cells in the middle.
+        locations: (T,) or (T, G), the cells that hard attention took, counted row by row; outlined together.
+        window: an odd number of cells: the looks took in squares so far across, with these cells in the middle. The
+            outline is then that of all squares together, and dots are the cells.
         longest_side: larger photos are shrunk to this many pixels.
 
     Raises:
@@ -225,9 +251,8 @@ def prepare(
         maps=paint(density, maximum),
         notes=tuple(_note(beta, log_prob) for beta, log_prob in zip(gates, scores, strict=True)),
         peaks=tuple(peaks.tolist()),
-        cells=tuple(
-            tuple(_seen_rect(cell, alphas.shape[1:], rect, window // 2) for cell in looked) for looked in cells
-        ),
+        outlines=tuple(_outline(_seen(looked, alphas.shape[1:], window // 2), rect) for looked in cells),
+        dots=tuple(_middles(looked, alphas.shape[1:], rect) if window > 1 else () for looked in cells),
         maximum=maximum,
         cropped=bool(np.isnan(density[0]).any()),
     )
@@ -243,13 +268,35 @@ def _shrunk(photo: np.ndarray, box: Rect, longest_side: int) -> tuple[np.ndarray
     return photo, Rect(box.left * across, box.top * down, box.right * across, box.bottom * down)
 
 
-def _seen_rect(cell: int, grid: tuple[int, ...], box: Rect, reach: int) -> Rect:
-    """A cell, and so many more on every side of it, as far as there are."""
-    row, column = divmod(cell, grid[1])
+def _seen(cells: Sequence[int], grid: tuple[int, ...], reach: int) -> np.ndarray:
+    """Bool (h, w): these cells, and so many more on every side of each, as far as there are."""
+    seen = np.zeros(grid, dtype=bool)
+    for row, column in (divmod(cell, grid[1]) for cell in cells):
+        seen[max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1] = True
+    return seen
+
+
+def _outline(seen: np.ndarray, box: Rect) -> tuple[Line, ...]:
+    """The border between the cells (h, w) that were seen and all else, in pieces as long as they are straight."""
+    rows, columns = np.linspace(box.top, box.bottom, len(seen) + 1), np.linspace(box.left, box.right, seen.shape[1] + 1)
+    level = _runs(np.diff(np.pad(seen, ((1, 1), (0, 0))), axis=0))
+    upright = _runs(np.diff(np.pad(seen, ((0, 0), (1, 1))), axis=1).T)
+    lines = [(columns[start], rows[row], columns[stop], rows[row]) for row, start, stop in level]
+    lines += [(columns[column], rows[start], columns[column], rows[stop]) for column, start, stop in upright]
+    return tuple(Line(*map(float, line)) for line in lines)
+
+
+def _runs(flags: np.ndarray) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of every stretch of True in bool (n, m)."""
+    steps = np.diff(np.pad(flags, ((0, 0), (1, 1))).astype(int), axis=1)
+    starts, stops = np.argwhere(steps == 1), np.argwhere(steps == -1)
+    return [(int(row), int(start), int(stop)) for (row, start), (_, stop) in zip(starts, stops, strict=True)]
+
+
+def _middles(cells: Sequence[int], grid: tuple[int, ...], box: Rect) -> tuple[Point, ...]:
     down, across = (box.bottom - box.top) / grid[0], (box.right - box.left) / grid[1]
-    left, right = max(column - reach, 0), min(column + reach + 1, grid[1])
-    top, bottom = max(row - reach, 0), min(row + reach + 1, grid[0])
-    return Rect(box.left + left * across, box.top + top * down, box.left + right * across, box.top + bottom * down)
+    places = (divmod(cell, grid[1]) for cell in cells)
+    return tuple(Point(box.left + (column + 0.5) * across, box.top + (row + 0.5) * down) for row, column in places)
 
 
 def _note(beta: float | None, log_prob: float | None) -> str:

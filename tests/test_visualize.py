@@ -20,6 +20,12 @@ def centroid(density):
     return (columns * mass).sum() / mass.sum(), (rows * mass).sum() / mass.sum()
 
 
+def corners(axis):
+    """The left, upper, right and lower end of all lines of a tile's outline."""
+    points = np.concatenate(axis.collections[0].get_segments())
+    return (*points.min(axis=0), *points.max(axis=0))
+
+
 def pictures(figure_and_axes):
     return [np.asarray(axis.images[0].get_array()) for axis in figure_and_axes[1]]
 
@@ -200,18 +206,49 @@ def test_labels_of_a_long_caption_do_not_collide(width, height):
 def test_the_sampled_cell_of_hard_attention_is_outlined():
     # Location 9 of 4 x 4 cells is row 2, column 1; cells of the centre crop are 25 x 25 pixels from x = 50.
     _, axes = overlay(made_photo(200, 100), ["x"], np.full((1, 4, 4), 1 / 16), box=(50, 0, 150, 100), locations=[9])
-    (outline,) = axes[1].patches
-    assert (*outline.get_xy(), outline.get_width(), outline.get_height()) == (75.0, 50.0, 25.0, 25.0)
+    assert corners(axes[1]) == (75.0, 50.0, 100.0, 75.0)
+    assert len(axes[1].collections) == 1  # the outline says it: no dot
 
 
 @pytest.mark.parametrize(
-    ("location", "seen"), [(9, (50.0, 25.0, 75.0, 75.0)), (15, (100.0, 50.0, 50.0, 50.0)), (4, (50.0, 0.0, 50.0, 75.0))]
+    ("location", "seen", "dot"),
+    [
+        (9, (50.0, 25.0, 125.0, 100.0), (87.5, 62.5)),
+        (15, (100.0, 50.0, 150.0, 100.0), (137.5, 87.5)),
+        (4, (50.0, 0.0, 100.0, 75.0), (62.5, 37.5)),
+    ],
 )
-def test_the_window_around_the_cell_is_outlined_as_far_as_the_grid_goes(location, seen):
+def test_the_window_is_outlined_as_far_as_the_grid_goes_and_the_cell_in_its_middle_is_a_dot(location, seen, dot):
     maps = np.full((1, 4, 4), 1 / 16)
     _, axes = overlay(made_photo(200, 100), ["x"], maps, box=(50, 0, 150, 100), locations=[location], window=3)
-    (outline,) = axes[1].patches
-    assert (*outline.get_xy(), outline.get_width(), outline.get_height()) == seen
+    assert corners(axes[1]) == seen
+    np.testing.assert_array_equal(axes[1].collections[1].get_offsets(), [dot])
+
+
+def test_windows_that_overlap_have_one_border_around_all_that_they_show():
+    # Squares of 3 around cells 5 and 10 of 4 x 4, one pixel each: rows and columns 0-2 and 1-3, less two corners.
+    scene = prepare(made_photo(4, 4), ["x"], np.full((1, 4, 4), 1 / 16), locations=[[5, 10]], window=3)
+    level = {(0, 0, 3, 0), (3, 1, 4, 1), (0, 3, 1, 3), (1, 4, 4, 4)}
+    upright = {(0, 0, 0, 3), (1, 3, 1, 4), (3, 0, 3, 1), (4, 1, 4, 4)}
+    assert set(scene.outlines[0]) == level | upright
+    assert scene.dots[0] == ((1.5, 1.5), (2.5, 2.5))
+
+
+def test_what_was_not_seen_between_windows_has_a_border_of_its_own():
+    # Cells 1, 3, 5 and 7 of 3 x 3: the middle is surrounded, and so are the four corners.
+    scene = prepare(made_photo(3, 3), ["x"], np.full((1, 3, 3), 1 / 9), locations=[[1, 3, 5, 7]])
+    length = sum(line.right - line.left + line.bottom - line.top for line in scene.outlines[0])
+    assert length == 16  # four unit squares that touch at corners only
+    assert not any(scene.dots)
+
+
+def test_the_legend_says_what_outlines_and_dots_are():
+    looks = {"locations": [9]}
+    assert prepare(made_photo(8, 8), ["x"], np.full((1, 4, 4), 1 / 16)).legend == ""
+    plain = prepare(made_photo(8, 8), ["x"], np.full((1, 4, 4), 1 / 16), **looks).legend
+    assert "dots" not in plain
+    figure, _ = overlay(made_photo(8, 8), ["x"], np.full((1, 4, 4), 1 / 16), **looks, window=3)
+    assert any("outlined: what hard attention saw; dots" in text.get_text() for text in figure.texts)
 
 
 def test_columns_are_obeyed():

@@ -86,7 +86,7 @@ def test_the_page_has_one_button_and_one_map_per_word():
     maps = [attributes for tag, attributes in page.tags if attributes.get("class") == "map"]
     assert [attributes["data-word"] for attributes in maps] == ["0", "1", "2"]
     assert all("×" in attributes["alt"] for attributes in maps)
-    assert sum(attributes.get("class") == "cell" for _, attributes in page.tags) == 3
+    assert [attributes["data-word"] for tag, attributes in page.tags if tag == "svg"] == ["0", "1", "2"]
 
 
 def test_every_picture_of_the_page_is_the_map_of_its_word():
@@ -102,8 +102,24 @@ def test_every_picture_of_the_page_is_the_map_of_its_word():
 def test_a_cell_of_the_page_lies_where_it_lies_on_the_photo():
     # Location 9 of 4 x 4 cells is row 2, column 1: of the box 50-150 on a photo of 200 x 100 it is x 75-100, y 50-75.
     page = Page(html(made_photo(200, 100), ["x"], np.full((1, 4, 4), 1 / 16), box=(50, 0, 150, 100), locations=[9]))
-    (style,) = [attributes["style"] for _, attributes in page.tags if attributes.get("class") == "cell"]
-    assert style == "left: 37.50%; top: 50.00%; width: 12.50%; height: 25.00%"
+    (box,) = [attributes["viewbox"] for tag, attributes in page.tags if tag == "svg"]
+    (path,) = [attributes["d"] for tag, attributes in page.tags if tag == "path"]
+    assert box == "0 0 200 100"
+    assert sorted(path.split("M")[1:]) == [
+        "100.00 50.00L100.00 75.00",
+        "75.00 50.00L100.00 50.00",
+        "75.00 50.00L75.00 75.00",
+        "75.00 75.00L100.00 75.00",
+    ]
+
+
+def test_the_places_that_windows_lie_around_are_dots():
+    photo, maps = made_photo(200, 100), np.full((1, 4, 4), 1 / 16)
+    page = Page(html(photo, ["x"], maps, box=(50, 0, 150, 100), locations=[[9, 4]], window=3))
+    (dots,) = [attributes["d"] for _, attributes in page.tags if attributes.get("class") == "dots"]
+    assert dots == "M62.50 37.50h0M87.50 62.50h0"
+    frame = animation(photo, ["x"], maps, box=(50, 0, 150, 100), locations=[9], window=3)[1]
+    assert frame.getpixel(((frame.width - 200) // 2 + 87, 62)) == (0, 213, 238)
 
 
 def test_the_page_loads_nothing_from_elsewhere():
@@ -135,14 +151,18 @@ def test_a_page_of_a_long_caption_of_noisy_maps_is_small():
 def test_where_several_looked_every_cell_is_outlined_once():
     photo, maps, looked = made_photo(200, 100), np.full((2, 4, 4), 1 / 16), [[9, 2, 9], [0, 0, 0]]
     _, axes = overlay(photo, ["x", "y"], maps, locations=looked)
-    assert [sorted(patch.get_xy() for patch in axis.patches) for axis in axes[1:]] == [[(50, 50), (100, 0)], [(0, 0)]]
+    lines = [[tuple(map(tuple, ends)) for ends in axis.collections[0].get_segments()] for axis in axes[1:]]
+    for word, left, top in ((0, 50, 50), (0, 100, 0), (1, 0, 0)):
+        assert ((left, top), (left + 50, top)) in lines[word]
+    assert [len(each) for each in lines] == [8, 4]
     page = Page(html(photo, ["x", "y"], maps, locations=looked))
-    cells = [attributes["data-word"] for _, attributes in page.tags if attributes.get("class") == "cell"]
-    assert cells == ["0", "0", "1"]
+    assert [attributes["data-word"] for tag, attributes in page.tags if tag == "svg"] == ["0", "1"]
+    assert [attributes["d"].count("M") for tag, attributes in page.tags if tag == "path"] == [8, 4]
     plain, drawn = (np.asarray(animation(photo, ["x", "y"], maps, locations=each)[1]) for each in (None, looked))
     changed = np.nonzero((plain != drawn).any(-1)[:100].any(0))[0]
     shift = (drawn.shape[1] - 200) // 2
-    assert (changed.min() - shift, changed.max() - shift) == (50, 149)
+    assert changed.min() - shift == pytest.approx(50, abs=2)  # lines are two pixels wide
+    assert changed.max() - shift == pytest.approx(150, abs=2)
 
 
 def test_cells_smaller_than_a_pixel_can_be_outlined():
