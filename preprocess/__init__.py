@@ -1,1 +1,1 @@
-"""Photos and captions in, one HDF5 file out; and a made world of coloured shapes that needs no download."""
+"""Photos and captions in, one HDF5 file out; and a synthetic world of coloured shapes that needs no download."""

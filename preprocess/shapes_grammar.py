@@ -1,4 +1,4 @@
-"""The sentences of the made world: one table of forms, read both to say what is true and to check what was said.
+"""The sentences of the synthetic world: one table of forms, read both to say what is true and to check what was said.
 
 A sentence fills the slots of one of `FORMS` with the words of the tables below it. What the sentences mean:
 

@@ -171,7 +171,7 @@ def folder(
 
 
 def shapes(count: int, *, seed: int = 0) -> list[Record]:
-    """The made world: of ten scenes in a row, eight are train, one is val and one test.
+    """The synthetic world: of ten scenes in a row, eight are train, one is val and one test.
 
     Args:
         count: number of scenes.
