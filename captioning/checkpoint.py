@@ -3,9 +3,8 @@
 While a run goes on, its training state lies beside them (training.safetensors, training.json) under the same rules.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from captioning.config import (
     to_dict,
 )
 from captioning.console import one_line
-from captioning.files import fresh_folder, write_text
+from captioning.files import fresh_folder, read_json, write_json
 from captioning.models.captioner import CaptioningModel, build_model
 from captioning.vocabulary import Vocabulary
 
@@ -137,15 +136,19 @@ def checkpoint_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path}: no checkpoint folder, nor one of the pretrained: {names}")
 
 
-def member_name(name: object) -> str:
-    """A name that a member's folder may have.
+def member_names(names: Sequence[object]) -> tuple[str, ...]:
+    """The names of an ensemble's members, each fit for a folder and unlike the others.
 
     Raises:
-        ValueError: it is none.
+        ValueError: they are not.
     """
-    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)):
-        raise ValueError(f"a member's name has letters, digits, - and _, at most 64 (got {str(name)[:80]!r})")
-    return name
+    for name in names:
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)):
+            raise ValueError(f"a member's name has letters, digits, - and _, at most 64 (got {str(name)[:80]!r})")
+    found = tuple(map(str, names))
+    if len({name.casefold() for name in found}) < len(found):  # which some file systems do not tell apart
+        raise ValueError(f"each member needs a name of its own, in whatever case (got {', '.join(found)})")
+    return found
 
 
 def ensemble_members(folder: Path) -> tuple[str, ...]:
@@ -163,12 +166,9 @@ def ensemble_members(folder: Path) -> tuple[str, ...]:
     if not (isinstance(names, list) and 1 <= len(names) <= MAX_MEMBERS):
         raise ValueError(f"{path}: members must be a list of 1 to {MAX_MEMBERS} names")
     try:
-        found = tuple(member_name(name) for name in names)
+        return member_names(names)
     except ValueError as error:
         raise ValueError(f"{path}: members: {error}") from error
-    if len({name.casefold() for name in found}) < len(found):
-        raise ValueError(f"{path}: members: each name may come once, in whatever case (got {', '.join(found)})")
-    return found
 
 
 def _check_format(config: Mapping[str, Any], path: Path) -> None:
@@ -283,23 +283,3 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path}: {one_line(error)}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object, readable and in one step."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

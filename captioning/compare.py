@@ -31,14 +31,14 @@ from typing import Any
 from accelerate.utils import parse_flag_from_env
 
 from captioning.api import load_captioner
-from captioning.checkpoint import load_checkpoint, read_json, write_json
+from captioning.checkpoint import load_checkpoint
 from captioning.config import SearchConfig, Settings, from_dict, to_dict
 from captioning.console import exit_code
 from captioning.data import SPLITS, Batch, CaptionData, Sample, load_batches
 from captioning.devices import default_device
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
-from captioning.files import fresh_file, write_text
+from captioning.files import fresh_file, read_json, write_json, write_text
 from captioning.images import open_image
 from captioning.memory import keep_memory
 from captioning.run import Run, plan, start, start_accelerator, training_set

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioning.checkpoint import MAX_MEMBERS, checkpoint_folder, load_checkpoint, member_name
+from captioning.checkpoint import MAX_MEMBERS, checkpoint_folder, load_checkpoint, member_names
 from captioning.console import exit_code
 from captioning.voices import Ensemble, save_ensemble
 
@@ -33,9 +33,7 @@ def build_ensemble(members: Sequence[str], *, mirror: bool = False) -> Ensemble:
         (str(i), member) if "=" not in member or Path(member).exists() else member.split("=", 1)
         for i, member in enumerate(members, 1)
     ]
-    names = tuple(member_name(name) for name, _ in pairs)
-    if len({name.casefold() for name in names}) < len(names):  # which some file systems do not tell apart
-        raise ValueError(f"each member needs a name of its own, in whatever case (got {', '.join(names)})")
+    names = member_names([name for name, _ in pairs])
     found = tuple(load_checkpoint(checkpoint_folder(path)) for _, path in pairs)
     own, several = found[0].search, any(member.search.multi_scale for member in found)
     return Ensemble(found, dataclasses.replace(own, mirror=mirror or own.mirror, multi_scale=several), names)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,6 +60,32 @@ def parse_json(text: str, where: str | Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON: {error}") from error
+
+
+def parse_object(text: str, where: str | Path) -> dict[str, Any]:
+    """The JSON object that a text holds.
+
+    Raises:
+        ValueError: it holds none; begins with `where`.
+    """
+    values = parse_json(text, where)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be a JSON object, not {type(values).__name__}")
+    return values
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    return parse_object(read_text(path), path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON object, readable: whole or not at all."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def to_disk(path: Path) -> None:

@@ -5,13 +5,14 @@ that travels, and it can promise terabytes in a few bytes. What is refused is re
 names file and field.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import h5py
 import numpy as np
+
+from captioning.files import parse_object
 
 MOST_BYTES = 2**32
 """Largest table that is read whole."""
@@ -113,13 +114,7 @@ def json_attribute(owner: h5py.Dataset | h5py.Group, name: str) -> dict[str, Any
     value = owner.attrs.get(name)
     if not isinstance(value, str):
         raise ValueError(f"{where}: must be an attribute with a JSON object")
-    try:
-        values = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: must be a JSON object (got {type(values).__name__})")
-    return values
+    return parse_object(value, where)
 
 
 def grid_attribute(item: h5py.Dataset) -> tuple[int, int]:

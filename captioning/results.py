@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from captioning.files import parse_json, read_text, write_text
+from captioning.caption_files import coco_captions, field, flickr_captions, karpathy_images, karpathy_name
+from captioning.files import parse_json, parse_object, read_text, write_text
 
 
 def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, str]) -> None:
@@ -19,7 +20,6 @@ def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, s
         captions: `image_id` -> caption. Keys that are all numbers in decimal are written as integers, which COCO's own
             tools want; data sets without numbers have file names.
     """
-    path = Path(path)
     numbers = all(str(key).isdecimal() and str(int(key)) == str(key) for key in captions)
     rows = [{"image_id": int(key) if numbers else key, "caption": caption} for key, caption in captions.items()]
     write_text(Path(path), json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
@@ -40,20 +40,21 @@ def read_results(path: str | Path) -> dict[str, str]:
         raise ValueError(f'{path}: must be a non-empty JSON list of {{"image_id", "caption"}}')
     captions: dict[str, str] = {}
     for i, row in enumerate(rows):
-        key, caption = _image_id(path, f"[{i}]", row), _caption(path, f"[{i}]", row, "caption")
+        where = f"{path}: [{i}]"
+        key, caption = str(field(row, "image_id", where, int, str)), field(row, "caption", where, str)
         if key in captions:
-            raise ValueError(f"{path}: [{i}].image_id {key!r} has a caption already; one per image is allowed")
+            raise ValueError(f"{where}: image_id={key!r} has a caption already; one per image is allowed")
         captions[key] = caption
     return captions
 
 
 def read_references(path: str | Path) -> dict[str, list[str]]:
-    """Reads the reference captions of images, in whichever of four formats the file is.
+    """Reads the reference captions of images, in whichever of these formats the file is.
 
     - COCO's `captions_*.json`: "annotations", a list of {"image_id", "caption"}; keys are image ids.
     - Karpathy's `dataset_*.json`: "images", a list with "sentences" of "raw"; keys are "cocoid", or else "filename".
     - A JSON object: key -> list of captions.
-    - `Flickr8k.token.txt`: lines of `name.jpg#0<TAB>caption`; keys are file names.
+    - Flickr8k's and Flickr30k's own files, in all that `flickr_captions` reads; keys are file names.
 
     Returns:
         Image key -> its captions, each image with at least one.
@@ -63,16 +64,18 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
         ValueError: none of these formats, or a malformed entry; names file and field.
     """
     text = read_text(path)
+    references: dict[str, list[str]] = {}
     if not text.lstrip().startswith(("{", "[")):
-        references = _token_lines(path, text)
+        for _, name, caption in flickr_captions(path):
+            references.setdefault(name, []).append(caption.strip())
     else:
-        data = parse_json(text, path)
-        if not isinstance(data, dict):
-            raise ValueError(f'{path}: must be a JSON object ("annotations", "images", or key -> captions), not a list')
+        data = parse_object(text, path)
         if "annotations" in data:
-            references = _coco(path, data["annotations"])
+            references = {str(key): captions for key, captions in coco_captions(data, path, int, str).items()}
         elif "images" in data:
-            references = _karpathy(path, data["images"])
+            for where, entry, captions in karpathy_images(data, path):
+                if captions:
+                    references.setdefault(karpathy_name(entry, where), []).extend(captions)
         else:
             references = {key: _mapping_entry(path, key, captions) for key, captions in data.items()}
     if not references:
@@ -93,63 +96,7 @@ def select_references(results: Mapping[str, str], references: Mapping[str, Seque
     return {key: list(references[key]) for key in results}
 
 
-def _image_id(path: str | Path, where: str, row: Any) -> str:
-    key = row.get("image_id") if isinstance(row, dict) else None
-    if isinstance(key, bool) or not isinstance(key, int | str):
-        raise ValueError(f"{path}: {where}.image_id must be an integer or a string, not {key!r}")
-    return str(key)
-
-
-def _caption(path: str | Path, where: str, row: Any, field: str) -> str:
-    caption = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(caption, str):
-        raise ValueError(f"{path}: {where}.{field} must be a string, not {caption!r}")
-    return caption
-
-
-def _list(path: str | Path, where: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{path}: {where} must be a list, not {type(value).__name__}")
-    return value
-
-
-def _coco(path: str | Path, annotations: Any) -> dict[str, list[str]]:
-    references: dict[str, list[str]] = {}
-    for i, row in enumerate(_list(path, "annotations", annotations)):
-        where = f"annotations[{i}]"
-        references.setdefault(_image_id(path, where, row), []).append(_caption(path, where, row, "caption"))
-    return references
-
-
-def _karpathy(path: str | Path, images: Any) -> dict[str, list[str]]:
-    references: dict[str, list[str]] = {}
-    for i, image in enumerate(_list(path, "images", images)):
-        where = f"images[{i}]"
-        key = image.get("cocoid", image.get("filename")) if isinstance(image, dict) else None
-        if not isinstance(key, int | str):
-            raise ValueError(f"{path}: {where} needs a cocoid or a filename")
-        sentences = _list(path, f"{where}.sentences", image.get("sentences"))
-        captions = [_caption(path, f"{where}.sentences[{n}]", row, "raw") for n, row in enumerate(sentences)]
-        if captions:
-            references.setdefault(str(key), []).extend(captions)
-    return references
-
-
 def _mapping_entry(path: str | Path, key: str, captions: Any) -> list[str]:
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{path}: {key!r} must be a non-empty list of captions")
     return captions
-
-
-def _token_lines(path: str | Path, text: str) -> dict[str, list[str]]:
-    references: dict[str, list[str]] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        name, tab, caption = line.partition("\t")
-        name, sharp, _ = name.rpartition("#")
-        if not tab or not sharp:
-            others = "or the file be JSON, or an .h5 file made by preprocess"
-            raise ValueError(f"{path}: line {number} must read name.jpg#0<TAB>caption ({others})")
-        references.setdefault(name, []).append(caption.strip())
-    return references

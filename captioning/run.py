@@ -23,7 +23,6 @@ from captioning.checkpoint import (
     Checkpoint,
     TrainingState,
     save_checkpoint,
-    write_json,
 )
 from captioning.checks import not_negative
 from captioning.compatibility import fingerprint
@@ -31,7 +30,7 @@ from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, 
 from captioning.console import go_on_unheard, one_line
 from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch
 from captioning.distillation import Teachers, load_teachers
-from captioning.files import hold, make_folder, recover_folder, short_name
+from captioning.files import hold, make_folder, recover_folder, short_name, write_json
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
     build_optimizer,

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from captioning.files import read_json
 from captioning.tokenization import clean_text
 
 PAD, START, END, UNK = range(4)
@@ -84,8 +85,8 @@ class Vocabulary:
         Raises:
             FileNotFoundError, ValueError: naming the file.
         """
+        values = read_json(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             return cls(values["words"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a vocabulary: {error}") from error

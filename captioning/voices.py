@@ -13,13 +13,11 @@ from captioning.checkpoint import (
     Checkpoint,
     ensemble_members,
     load_checkpoint,
-    read_json,
     save_checkpoint,
-    write_json,
 )
 from captioning.config import EncoderConfig, SearchConfig, from_dict, to_dict
 from captioning.decoding import Hypothesis, search
-from captioning.files import fresh_folder
+from captioning.files import fresh_folder, read_json, write_json
 from captioning.model_config import View, all_views
 from captioning.models.captioner import CaptioningModel
 from captioning.models.encoder import Encoder

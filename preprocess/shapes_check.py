@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from captioning.checkpoint import checkpoint_folder, load_checkpoint, read_json
+from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.compatibility import check_fits
 from captioning.config import LOCATIONS, SearchConfig
 from captioning.console import exit_code
 from captioning.data import SPLITS, CaptionData
 from captioning.devices import check_device, default_device
 from captioning.evaluate import SplitCaption, caption_split
+from captioning.files import read_json
 from preprocess.shapes import Scene, scene_from_dict
 from preprocess.shapes_grammar import is_true, mentions, parse
 

@@ -13,17 +13,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from captioning.caption_files import field, flickr_captions, karpathy_images, karpathy_name
 from captioning.data import SPLITS
+from captioning.files import read_json
 from captioning.tokenization import clean_text
 from preprocess.readers import (
     Restval,
     coco_images,
-    entries,
-    field,
-    flickr_captions,
     inside,
     karpathy_split,
-    read_json,
     read_splits,
     rows,
     split_in_name,
@@ -73,8 +71,8 @@ def flickr(captions: Path, images: Path, splits: Path) -> list[Record]:
     """
     split_of = read_splits(splits)
     captions_of: dict[str, list[str]] = {}
-    for _, name, caption in flickr_captions(captions):
-        captions_of.setdefault(name, []).append(caption)
+    for where, name, caption in flickr_captions(captions):
+        captions_of.setdefault(inside(name, where), []).append(caption)
     records = []
     for name, lines in captions_of.items():
         split = split_of.get(name) or split_of.get(Path(name).stem)
@@ -95,15 +93,13 @@ def karpathy(file: Path, images: Path, *, restval: Restval = "train") -> list[Re
         ValueError, FileNotFoundError: naming the file and the entry.
     """
     records = []
-    for i, entry in enumerate(entries(read_json(file), "images", file)):
-        where = f"{file}: images[{i}]"
-        name = inside(field(entry, "filename", str, where), where)
+    for where, entry, lines in karpathy_images(read_json(file), file):
+        name = inside(field(entry, "filename", where, str), where)
         folder = images / inside(str(entry.get("filepath", "")), where)
-        lines = [field(sentence, "raw", str, where) for sentence in entries(entry, "sentences", where)]
         split = karpathy_split(entry, restval, where)
         if split is not None:
             path = folder / name if folder.is_dir() else images / name
-            records += _record(str(entry.get("cocoid", name)), split, lines, path)
+            records += _record(karpathy_name(entry, where), split, lines, path)
     return _checked(records, f"{file}: holds no images with captions")
 
 

@@ -128,9 +128,9 @@ def test_a_table_of_another_kind_is_named(name, options, said, tiny_data, tmp_pa
     ("value", "said"),
     [
         (3, "settings: must be an attribute with a JSON object"),
-        ("[]", r"settings: must be a JSON object \(got list\)"),
-        ("{", "settings: not JSON"),
-        ("[" * 10**5, "settings: not JSON"),
+        ("[]", "settings: must be a JSON object, not list"),
+        ("{", "settings: is not JSON"),
+        ("[" * 10**5, "settings: is not JSON"),
         ('{"fit": "letterbox"}', r"settings: fit must be crop or squash \(got 'letterbox'\)"),
     ],
 )

@@ -25,6 +25,7 @@ ORDER = (
         "workers",
         "checks",
         "tokenization",
+        "caption_files",
         "console",
         "devices",
         "model_config",

@@ -57,11 +57,15 @@ def test_interrupted_writing_leaves_the_old_file_and_nothing_else(tmp_path, monk
         ("[{", "is not JSON"),
         ({"a": "b"}, "must be a non-empty JSON list"),
         ([], "must be a non-empty JSON list"),
-        (["a dog"], r"\[0\]\.image_id"),
-        ([{"caption": "a"}], r"\[0\]\.image_id must be an integer or a string, not None"),
-        ([{"image_id": 1.5, "caption": "a"}], r"\[0\]\.image_id"),
-        ([{"image_id": 1, "caption": "a"}, {"image_id": 2}], r"\[1\]\.caption must be a string, not None"),
-        ([{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}], "'1' has a caption already"),
+        (["a dog"], r"\[0\]: image_id"),
+        ([{"caption": "a"}], r"\[0\]: image_id=None is not of type int or str"),
+        ([{"image_id": 1.5, "caption": "a"}], r"\[0\]: image_id"),
+        ([{"image_id": True, "caption": "a"}], r"\[0\]: image_id=True"),
+        ([{"image_id": 1, "caption": "a"}, {"image_id": 2}], r"\[1\]: caption=None is not of type str"),
+        (
+            [{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}],
+            r"\[1\]: image_id='1' has a caption already",
+        ),
     ],
 )
 def test_malformed_results_name_the_file_and_the_field(file, content, message):
@@ -82,9 +86,11 @@ def test_malformed_results_name_the_file_and_the_field(file, content, message):
         ),
         ({"images": [{"cocoid": 4, "filename": "x.jpg", "sentences": [{"raw": "a"}]}]}, {"4": ["a"]}),
         ({"x.jpg": ["a", "b"], "y.jpg": ["c"]}, {"x.jpg": ["a", "b"], "y.jpg": ["c"]}),
+        ('image,caption\nx.jpg,A dog\nx.jpg,"A cat, too"\n', {"x.jpg": ["A dog", "A cat, too"]}),
+        ("image_name| comment_number| comment\nx.jpg| 0| A dog .\n", {"x.jpg": ["A dog ."]}),
         ("x.jpg#0\tA dog .\nx.jpg#1\tA cat\t.\n\ny.jpg#0\tB\r\n", {"x.jpg": ["A dog .", "A cat\t."], "y.jpg": ["B"]}),
     ],
-    ids=["coco", "karpathy", "karpathy-coco", "mapping", "flickr8k"],
+    ids=["coco", "karpathy", "karpathy-coco", "mapping", "kaggle", "flickr30k", "flickr8k"],
 )
 def test_each_format_of_references_is_recognised(file, content, references):
     assert read_references(file(content)) == references
@@ -97,16 +103,16 @@ def test_each_format_of_references_is_recognised(file, content, references):
         ({}, "holds no captions"),
         ([1], "must be a JSON object"),
         ("{", "is not JSON"),
-        ("x.jpg#0\ta\nx.jpg a dog\n", "line 2 must read"),
-        ({"annotations": {}}, "annotations must be a list, not dict"),
-        ({"annotations": [{"image_id": 1, "caption": 3}]}, r"annotations\[0\]\.caption must be a string, not 3"),
-        ({"images": [{"filename": "x", "sentences": [{"tokens": []}]}]}, r"images\[0\]\.sentences\[0\]\.raw"),
-        ({"images": [{"sentences": []}]}, r"images\[0\] needs a cocoid or a filename"),
+        ("x.jpg#0\ta\nx.jpg a dog\n", "expected 'name#k<TAB>caption'"),
+        ({"annotations": {}}, "has no list of objects 'annotations'"),
+        ({"annotations": [{"image_id": 1, "caption": 3}]}, r"annotations\[0\]: caption=3 is not of type str"),
+        ({"images": [{"filename": "x", "sentences": [{"tokens": []}]}]}, r"images\[0\]\.sentences\[0\]: raw=None"),
+        ({"images": [{"sentences": [{"raw": "a"}]}]}, r"images\[0\]: filename=None is not of type int or str"),
         ({"x.jpg": "a dog"}, "'x.jpg' must be a non-empty list of captions"),
     ],
 )
 def test_malformed_references_name_the_file_and_the_field(file, content, message):
-    with pytest.raises(ValueError, match=rf"captions\.json: .*{message}"):
+    with pytest.raises(ValueError, match=rf"captions\.json:.*{message}"):
         read_references(file(content))
 
 

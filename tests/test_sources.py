@@ -109,7 +109,7 @@ def test_karpathy_finds_cocos_photos_in_their_folder_or_in_the_given_one(tmp_pat
     [
         ("{", r"d\.json: is not JSON"),
         ({"pictures": []}, r"d\.json: has no list of objects 'images'"),
-        ({"images": [entry("a.jpg", "train"), {"split": "val"}]}, r"d\.json: images\[1\]: filename=None is not a str"),
+        ({"images": [entry("a.jpg", "train"), {"split": "val"}]}, r"images\[1\]: has no list of objects 'sentences'"),
         ({"images": [entry("a.jpg", "holdout")]}, r"split='holdout' is not one of train, val, test, restval"),
         ({"images": [entry("a.jpg", "train"), entry("a.jpg", "val")]}, r"a\.jpg comes twice"),
     ],

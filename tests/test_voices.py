@@ -44,7 +44,7 @@ def test_a_config_without_bottom_is_named(tiny_checkpoint, tmp_path, capsys):
     shutil.copytree(tiny_checkpoint, tmp_path / "deep")
     (tmp_path / "deep" / "config.json").write_text("[" * 200_000)
     assert main([str(tmp_path / "deep"), str(tiny_checkpoint), "--output", str(tmp_path / "new")]) == 2
-    assert capsys.readouterr().err.startswith(f"ensemble: {tmp_path / 'deep' / 'config.json'}: not JSON")
+    assert capsys.readouterr().err.startswith(f"ensemble: {tmp_path / 'deep' / 'config.json'}: is not JSON")
 
 
 def test_a_member_keeps_its_ensembles_name_where_checkpoints_are_named(pair):
@@ -164,8 +164,8 @@ def test_an_ensemble_is_never_written_over(pair, other, tiny_checkpoint, capsys)
         (["fine", "../pair/coarse"], "members: a member's name has letters, digits, - and _"),
         (["fine", "/etc"], "members: a member's name has"),
         (["fine", 3], "members: a member's name has"),
-        (["fine", "fine"], "members: each name may come once, in whatever case (got fine, fine)"),
-        (["fine", "Fine"], "members: each name may come once, in whatever case (got fine, Fine)"),
+        (["fine", "fine"], "members: each member needs a name of its own, in whatever case (got fine, fine)"),
+        (["fine", "Fine"], "members: each member needs a name of its own, in whatever case (got fine, Fine)"),
         ("fine", "members must be a list of 1 to 16 names"),
         ([], "members must be a list of 1 to 16 names"),
         (["fine"] * 17, "members must be a list of 1 to 16 names"),
