@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -161,8 +162,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def one_line_name(path: Path) -> str:
-    """A path that neither ends its line nor its field."""
-    return str(path).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    """A path that neither ends its line nor its field, and steers no terminal: as Python would write it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], str(path))
 
 
 def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
@@ -188,21 +189,24 @@ def run(options: argparse.Namespace) -> int:
     lines = sys.stderr if options.json == "-" else sys.stdout
     results, failed = [], 0
     taken = not_to_be_replaced(files, Path(options.overlay)) if options.overlay else set()
-    for path, caption in captions_of(captioner, files, options.batch_size, search):
-        if isinstance(caption, Exception):
-            print(f"caption: {one_line(caption)}", file=sys.stderr)
-            failed += 1
-            continue
-        if not print_caption(path, caption, options.words, lines) and not (options.overlay or options.json):
-            break
-        if options.overlay:
-            failed += not draws(path, caption, options, taken)
-        if options.json:
-            results.append(as_json(path, caption))
-    if options.json == "-":
-        print_json(results)
-    elif options.json:
-        write_text(Path(options.json), json.dumps(results) + "\n")
+    try:
+        for path, caption in captions_of(captioner, files, options.batch_size, search):
+            if isinstance(caption, Exception):
+                print(f"caption: {one_line(caption)}", file=sys.stderr)
+                failed += 1
+                continue
+            if not print_caption(path, caption, options.words, lines) and not (options.overlay or options.json):
+                break
+            if options.json:
+                results.append(as_json(path, caption))
+            if options.overlay:
+                failed += not draws(path, caption, options, taken)
+    except BaseException:
+        if results:  # Ctrl-C, a full disk: what was captioned is not lost
+            write_captions(results, options.json)
+        raise
+    if options.json:
+        write_captions(results, options.json)
     return 2 if failed else 0
 
 
@@ -219,8 +223,11 @@ def print_caption(path: Path, caption: Caption, words: bool, lines: Any) -> bool
     return True
 
 
-def print_json(results: Sequence[dict[str, Any]]) -> None:
-    """All results on standard output, as long as somebody reads them."""
+def write_captions(results: Sequence[dict[str, Any]], file: str) -> None:
+    """All results as JSON; on standard output as long as somebody reads them."""
+    if file != "-":
+        write_text(Path(file), json.dumps(results) + "\n")
+        return
     try:
         print(json.dumps(results), flush=True)
     except BrokenPipeError:

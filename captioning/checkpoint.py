@@ -110,6 +110,7 @@ def save_checkpoint(
     state = _shared_once(checkpoint.model.state_dict())
     if half:
         state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+        _check_finite(state, folder / "model.safetensors: as float16")
     config = {
         "format": FORMAT,
         "encoder": to_dict(checkpoint.encoder),
@@ -214,7 +215,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             max_parameters=sum(x.numel() for name, x in state.items() if not name.startswith(prefix)),
         )
         load_state(model, state)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:  # the last two of huge numbers
         message = one_line(error)[:300]
         raise ValueError(
             f"{folder / 'model.safetensors'}: does not fit its config and vocabulary: {message}"

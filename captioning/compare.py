@@ -14,6 +14,7 @@ plot.png and, for each system and seed, the run, its result.json and, where it l
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import io
 import itertools
 import math
@@ -38,7 +39,7 @@ from captioning.data import SPLITS, Batch, CaptionData, Sample, load_batches
 from captioning.devices import default_device
 from captioning.diagnosis import diagnose
 from captioning.evaluate import evaluate
-from captioning.files import fresh_file, read_json, write_json, write_text
+from captioning.files import fresh_file, read_json, recover_folder, write_json, write_text
 from captioning.images import open_image
 from captioning.memory import keep_memory
 from captioning.run import Run, plan, start, start_accelerator, training_set
@@ -163,6 +164,8 @@ def within_budget(system: System, minutes: float) -> Settings:
     for name, value in asked.items():
         if planned.get(name) != value:
             raise ValueError(f"{path}: was made with other {name}; choose another --output, or delete that folder")
+    if not isinstance(planned.get("steps"), int) or planned["steps"] < 1:
+        raise ValueError(f"{path}: steps must be a number of at least 1 (got {planned.get('steps')!r}); delete it")
     data = CaptionData(system.settings.data)
     unlimited = dataclasses.replace(system.settings, max_steps=0)
     epochs = math.ceil(planned["steps"] / len(plan(unlimited, data, epoch=0)))
@@ -184,11 +187,15 @@ def run_system(system: System, *, minutes: float, split: str, search: SearchConf
     asked = {"split": split, "search": to_dict(search), "limit": limit}
     if result.is_file():
         known = read_json(result)
-        known["asked"]["search"] = to_dict(from_dict(SearchConfig, known["asked"]["search"], f"{result}: search"))
-        if known["asked"] == asked:
-            return Row(system.name, str(settings.seed), known["values"])
+        try:
+            known["asked"]["search"] = to_dict(from_dict(SearchConfig, known["asked"]["search"], f"{result}: search"))
+            if known["asked"] == asked:
+                return Row(system.name, str(settings.seed), dict(known["values"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{result}: is no result of ours ({error}); delete it") from error
     run = Path(settings.output)
-    resume = (run / "last").exists() or (run / "last.old").exists()
+    recover_folder(run / "last")
+    resume = (run / "last").exists()
     best = train(dataclasses.replace(settings, resume=resume))
     checkpoint, data = load_checkpoint(best), CaptionData(settings.data)
     device = "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else default_device()
@@ -324,6 +331,8 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
             "--budget must be positive, and --limit 0 or at least 2 "
             f"(got --budget {options.budget:g} --limit {options.limit})"
         )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("compare draws with matplotlib: install this package's extra `demo`")
     if options.picture:
         open_image(options.picture)  # so that a mistake is found before hours of training
     images = CaptionData(options.data).indices(options.split).tolist()

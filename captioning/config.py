@@ -373,7 +373,7 @@ def from_dict(kind: type[T], values: Any, where: str) -> T:
     parser.add_argument("--config", type=kind)
     try:
         return parser.instantiate(parser.parse_object({"config": values})).config
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{where}: {one_line(error)}") from error
 
 

@@ -3,9 +3,12 @@
 import codecs
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
-from typing import TextIO
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 _STEERING = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
 
@@ -43,7 +46,9 @@ def exit_code(
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError),
     stopped: str = "interrupted",
 ) -> int:
-    """What a command ends with: its own code, 2 after a mistake of the user's, 130 after Ctrl-C; both say so in a line.
+    """What a command ends with: its own code, 2 after a mistake of the user's, 130 after Ctrl-C or SIGTERM.
+
+    Both of these say so in a line.
 
     Args:
         name: begins that line.
@@ -53,7 +58,8 @@ def exit_code(
     """
     print_every_letter()
     try:
-        code = command()
+        with _interrupted_by_any_signal():
+            code = command()
         try:
             sys.stdout.flush()
         except BrokenPipeError:
@@ -65,3 +71,23 @@ def exit_code(
     except mistakes as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _interrupted_by_any_signal() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the block as Ctrl-C does, so that nothing half-written stays behind."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if mine}
+    before = {number: handler for number, handler in before.items() if handler is signal.SIG_DFL}
+    try:
+        for number in before:
+            signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

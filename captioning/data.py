@@ -1,6 +1,6 @@
 """The HDF5 file between preprocessing and training: its schema, its reader, and the batches made from it.
 
-docs/data_formats.md shows the layout. `preprocess.build` writes it with the names below and nothing else does.
+docs/data_formats.md shows the layout. `preprocess.store` writes it with the names below and nothing else does.
 """
 
 import math
@@ -30,11 +30,13 @@ from captioning.hdf5 import (
     whole_numbers,
 )
 from captioning.model_config import MAX_SIDE, PLAIN, Fit, Resample, View, all_views
-from captioning.vocabulary import END, PAD, START, Vocabulary
+from captioning.vocabulary import END, PAD, START, UNK, Vocabulary
 from captioning.workers import read_ahead
 
 SCHEMA = "show-attend-tell/1"
 SPLITS = ("train", "val", "test")
+MOST_WORDS = 10_000
+"""Of a caption that is read."""
 
 PIXELS = "image/pixels"
 """(N, S, S, 3) uint8, RGB; one chunk per image. Either this or ANNOTATIONS is there."""
@@ -155,8 +157,10 @@ class CaptionData:
         if twice is not None:
             raise ValueError(f"{self.path}: {NAMES}: must be unique ({twice!r} comes twice)")
         size = len(self.vocabulary)
-        if len(self._words) and not 0 <= self._words.min() <= self._words.max() < size:
-            raise ValueError(f"{self.path}: {WORDS}: numbers of words must lie in [0, {size})")
+        if len(self._words) and not UNK <= self._words.min() <= self._words.max() < size:
+            raise ValueError(f"{self.path}: {WORDS}: numbers of words must lie in [{UNK}, {size})")
+        if self.longest_caption() > MOST_WORDS:
+            raise ValueError(f"{self.path}: {FIRST_WORD}: a caption may have at most {MOST_WORDS:,} words")
         known = (self.split_of >= 0) & (self.split_of < len(SPLITS))
         if len(self.split_of) != len(self.names) or not known.all():
             raise ValueError(f"{self.path}: {IMAGE_SPLIT}: must be {len(self.names)} numbers below {len(SPLITS)}")
@@ -242,7 +246,7 @@ class CaptionData:
         """
         with reading(f"{self.path}: {ENCODER}"), h5py.File(self.path, "r") as file:
             tensors = own_tensors(file, ENCODER)
-            return {name.replace("/", "."): torch.from_numpy(x) for name, x in tensors.items()}
+            return {name: torch.from_numpy(x) for name, x in tensors.items()}
 
 
 class Sample(NamedTuple):

@@ -1,10 +1,13 @@
 """Files and folders that are whole or not there, that one process writes at a time, and their names elsewhere."""
 
 import errno
+import glob
 import json
 import os
+import secrets
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,25 +17,38 @@ if sys.platform != "win32":
     import fcntl
 
 
+MOST_TEXT = 2**30
+"""Bytes of the largest text that is read."""
+
+
 @contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the block ends well and vanishes when it does not.
 
     What was written is on the disk before the name changes, so that a crash leaves the old file or the new one.
     """
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a name may be as long as a system allows
+    partial = _unused(path, "partial")
     try:
         yield partial
         to_disk(partial)
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk, which does not say where
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _unused(path: Path, kind: str) -> Path:
+    """A hidden name beside a path, which nobody else has chosen: not another process, not on another machine."""
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.{kind}")  # a system limits the length of names
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file in UTF-8, as it is on every system: whole or not at all."""
     with fresh_file(path) as partial:
-        partial.write_bytes(text.encode())
+        partial.write_bytes(text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON would escape it
 
 
 def read_text(path: str | Path) -> str:
@@ -40,10 +56,12 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no UTF-8; names the file and the place.
+        ValueError: it is no UTF-8, or larger than any such file; names the file and the place.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if Path(path).stat().st_size > MOST_TEXT:
+        raise ValueError(f"{path}: must be at most {MOST_TEXT:,} bytes")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -57,9 +75,17 @@ def parse_json(text: str, where: str | Path) -> Any:
         ValueError: it is none; begins with `where`.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON: {error}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the field {twice[:80]!r} comes twice")
+    return values
 
 
 def parse_object(text: str, where: str | Path) -> dict[str, Any]:
@@ -96,9 +122,12 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `folder` when the block ends well and else vanishes."""
-    new = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(new, ignore_errors=True)
+    """An empty folder to fill, which takes the place of `folder` when the block ends well and else vanishes.
+
+    Where `folder` is a link it stays one, and what it leads to is replaced.
+    """
+    folder = Path(os.path.realpath(folder))
+    new = _unused(folder, "new")
     new.mkdir(parents=True)
     try:
         yield new
@@ -113,11 +142,11 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 def replace_folder(new: Path, folder: Path) -> None:
     """Put a finished folder in the place of an older one; at no time is there only half of one.
 
-    A stop between the two renames leaves the older one as NAME.old, which `recover_folder` finds.
+    A stop between the two renames leaves the older one under another name, by which `recover_folder` finds it.
     """
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -125,10 +154,23 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def recover_folder(folder: Path) -> None:
     """Undo a replacement that was cut off between its two renames."""
-    old = folder.with_name(folder.name + ".old")
+    folder = Path(os.path.realpath(folder))
+    old = _replaced(folder)
     if not folder.exists() and old.exists():
         with suppress(FileNotFoundError):  # another process of this run was faster
             os.rename(old, folder)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what killed processes left half-written of a folder that this one alone writes."""
+    folder = Path(os.path.realpath(folder))
+    for left in (*folder.parent.glob(f".{glob.escape(folder.name[:40])}.*.new"), _replaced(folder)):
+        if folder.exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def hold(path: Path) -> TextIO:

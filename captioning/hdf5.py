@@ -53,26 +53,17 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
 
 
 def own_tensors(file: h5py.File, name: str) -> dict[str, np.ndarray]:
-    """The datasets in a group and in those within it, by their names there: finite numbers, all of them."""
-    names: list[str] = []
+    """The datasets in a group, by their names there: finite numbers, all of them."""
     group = item_within(file, name)
-    if isinstance(group, h5py.Group):
-        group.visit(names.append)
-    items = {inner: item for inner in names if isinstance(item := item_within(file, f"{name}/{inner}"), h5py.Dataset)}
+    names = list(group) if isinstance(group, h5py.Group) else []
+    items = {inner: own_dataset(file, f"{name}/{inner}") for inner in names}
     if sum(item.nbytes for item in items.values()) > MOST_BYTES:
         raise ValueError(f"{file.filename}: {name}: must be at most {MOST_BYTES:,} bytes")
-    values = {inner: np.asarray(read_whole(item)) for inner, item in items.items()}
+    values = {inner: item[()] if item.dtype.kind in "iufb" else np.nan for inner, item in items.items()}
     for inner, value in values.items():
-        if value.dtype.kind not in "iufb" or not np.isfinite(value).all():
+        if not np.isfinite(value).all():
             raise ValueError(f"{file.filename}: {name}/{inner}: must be finite numbers")
-    return values
-
-
-def read_whole(item: h5py.Dataset) -> Any:
-    """All numbers of a dataset, if they take no more than `MOST_BYTES`."""
-    if item.nbytes > MOST_BYTES:
-        raise ValueError(f"{_name(item)}: must take at most {MOST_BYTES:,} bytes")
-    return item[()]
+    return {inner: np.asarray(value) for inner, value in values.items()}
 
 
 def whole_numbers(file: h5py.File, name: str) -> np.ndarray:
@@ -80,7 +71,8 @@ def whole_numbers(file: h5py.File, name: str) -> np.ndarray:
     item = own_dataset(file, name)
     if item.dtype.kind not in "iu" or item.ndim != 1:
         raise ValueError(f"{_name(item)}: must be a list of whole numbers (got {_kind(item)})")
-    return np.asarray(read_whole(item)).astype(np.int64)
+    _check_size(item, 8 * item.size)
+    return np.asarray(item[()]).astype(np.int64)
 
 
 def texts(file: h5py.File, name: str) -> list[str]:
@@ -89,12 +81,13 @@ def texts(file: h5py.File, name: str) -> list[str]:
     if h5py.check_string_dtype(item.dtype) is None or item.ndim != 1:
         raise ValueError(f"{_name(item)}: must be a list of texts (got {_kind(item)})")
     found: list[str] = []
-    size = item.nbytes  # of texts without a fixed length this counts none of their letters
-    for start in range(0, len(item), 1000):
-        part = item[start : start + 1000]
+    size = item.nbytes + 64 * item.size  # in memory; of texts without a fixed length this counts none of their letters
+    longest = item.dtype.itemsize if item.dtype.kind == "S" else file.id.get_filesize()  # many can be one and the same
+    rows = min(max(2**30 // max(longest, 1), 16), 1000)
+    for start in range(0, len(item), rows):
+        _check_size(item, size)
+        part = item[start : start + rows]
         size += sum(map(len, part))
-        if size > MOST_BYTES:
-            raise ValueError(f"{_name(item)}: must take at most {MOST_BYTES:,} bytes")
         try:
             found += [text.decode() for text in part]
         except UnicodeDecodeError as error:
@@ -102,16 +95,22 @@ def texts(file: h5py.File, name: str) -> list[str]:
     return found
 
 
+def _check_size(item: h5py.Dataset, size: int) -> None:
+    """Refuse what takes more than `MOST_BYTES` in memory."""
+    if size > MOST_BYTES:
+        raise ValueError(f"{_name(item)}: must take at most {MOST_BYTES:,} bytes")
+
+
 def check_images(item: h5py.Dataset, types: tuple[str, ...], shape: tuple[int, ...], what: str) -> None:
     """Refuse images of other types or another shape than these, which are `what` they must be in words."""
-    if item.dtype.name not in types or item.shape != shape:
+    if item.dtype.name not in types or not item.dtype.isnative or item.shape != shape:
         raise ValueError(f"{_name(item)}: must be {what}, in {' or '.join(types)} (got {_kind(item)})")
 
 
 def json_attribute(owner: h5py.Dataset | h5py.Group, name: str) -> dict[str, Any]:
     """An attribute that holds a JSON object."""
     where = f"{_name(owner)}: {name}"
-    value = owner.attrs.get(name)
+    value = owner.attrs[name] if name in owner.attrs and owner.attrs.get_id(name).shape == () else None
     if not isinstance(value, str):
         raise ValueError(f"{where}: must be an attribute with a JSON object")
     return parse_object(value, where)
@@ -119,7 +118,8 @@ def json_attribute(owner: h5py.Dataset | h5py.Group, name: str) -> dict[str, Any
 
 def grid_attribute(item: h5py.Dataset) -> tuple[int, int]:
     """The attribute `grid` of annotation vectors: rows and columns."""
-    value = np.asarray(item.attrs.get("grid", ()))
+    stored = "grid" in item.attrs and item.attrs.get_id("grid")
+    value = np.asarray(item.attrs["grid"] if stored and stored.shape == (2,) and stored.dtype.kind in "iu" else ())
     if value.shape != (2,) or value.dtype.kind not in "iu" or (value < 1).any():
         raise ValueError(f"{_name(item)}: its attribute grid must be two positive numbers")
     return int(value[0]), int(value[1])
@@ -130,4 +130,5 @@ def _name(item: h5py.Dataset | h5py.Group) -> str:
 
 
 def _kind(item: h5py.Dataset) -> str:
-    return f"{item.dtype.name} of shape {item.shape}"
+    order = "" if item.dtype.isnative else "in the other order of bytes, "
+    return f"{item.dtype.name} {order}of shape {item.shape}"

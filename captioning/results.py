@@ -4,6 +4,7 @@ An image's key is a string everywhere here: COCO's `image_id` in decimal, or a f
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def write_results(path: str | Path, captions: Mapping[str, str] | Mapping[int, s
         captions: `image_id` -> caption. Keys that are all numbers in decimal are written as integers, which COCO's own
             tools want; data sets without numbers have file names.
     """
-    numbers = all(str(key).isdecimal() and str(int(key)) == str(key) for key in captions)
+    numbers = all(re.fullmatch(r"0|[1-9][0-9]{0,17}", str(key)) for key in captions)
     rows = [{"image_id": int(key) if numbers else key, "caption": caption} for key, caption in captions.items()]
     write_text(Path(path), json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
 
@@ -71,7 +72,8 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
     else:
         data = parse_object(text, path)
         if "annotations" in data:
-            references = {str(key): captions for key, captions in coco_captions(data, path, int, str).items()}
+            for key, captions in coco_captions(data, path, int, str).items():
+                references.setdefault(str(key), []).extend(captions)
         elif "images" in data:
             for where, entry, captions in karpathy_images(data, path):
                 if captions:

@@ -30,7 +30,7 @@ from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, 
 from captioning.console import go_on_unheard, one_line
 from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch
 from captioning.distillation import Teachers, load_teachers
-from captioning.files import hold, make_folder, recover_folder, short_name, write_json
+from captioning.files import clear_folder, hold, make_folder, recover_folder, short_name, write_json
 from captioning.models.captioner import CaptioningModel
 from captioning.optimization import (
     build_optimizer,
@@ -57,7 +57,7 @@ class Progress:
     without_gain: int = 0
     seconds: float = 0.0
     words: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, int | float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         not_negative(self, "epoch", "batch", "step", "best_epoch", "without_gain", "seconds", "words")
@@ -164,6 +164,8 @@ def start(settings: Settings) -> Run:
         raise FileExistsError(
             f"output={output} holds a run or a checkpoint already: resume a run with --resume true, or choose another"
         )
+    if (output / "settings.json").exists() and not (output / ".lock").exists():
+        raise FileExistsError(f"output={output} holds a settings.json that no run has made: choose another")
     data = CaptionData(settings.data)
     settings, accelerator = start_accelerator(settings)
     if settings.threads:
@@ -272,6 +274,8 @@ def open_output(settings: Settings, progress: Progress) -> tuple[SummaryWriter, 
         lock = hold(output / ".lock")
     except BlockingIOError as error:
         raise FileExistsError(f"output={output}: another process is training there now") from error
+    for name in ("last", "best"):
+        clear_folder(output / name)
     write_json(output / "settings.json", to_dict(settings))
     again = progress.step + (progress.batch == 0)  # what an epoch's end has written of its last step, it wrote for good
     return SummaryWriter(str(output / "tensorboard"), purge_step=again if progress.step else None), lock
@@ -310,7 +314,7 @@ def say_if_elsewhere(run: Run, state: TrainingState) -> None:
     """A run may go on elsewhere; that it will not be to the same bits, it says."""
     now = machine(run.accelerator)
     before = state.progress.get("machine", now)
-    if before != now:
+    if isinstance(before, dict) and before != now:
         was, is_now = (", ".join(f"{name} {value}" for name, value in x.items()) for x in (before, now))
         say(run, f"resumed elsewhere ({was}; now {is_now}): it goes on, but not to the same bits")
 

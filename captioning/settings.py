@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from captioning.config import Settings, check_fields
 from captioning.console import one_line
+from captioning.files import read_text
 
 
 def recipes() -> dict[str, Path]:
@@ -48,7 +49,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: naming the file and the field.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases (*NAME), in which little text can stand for very much")
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: not YAML: {one_line(error)}") from error
     values = values or {}

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from captioning.options import given
 from captioning.precision import slow_choice
 from captioning.vocabulary import SPECIAL
 from preprocess import sources
-from preprocess.build import BuildSettings, Summary, build, report_path
+from preprocess.build import BuildSettings, Summary, beside, build, report_path
 from preprocess.encode import torch_device
 from preprocess.shapes import Scene, instances
 from preprocess.sources import Record
@@ -51,10 +50,6 @@ def _preprocess(options: argparse.Namespace) -> int:
     return 0
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _run(options: argparse.Namespace) -> Summary:
     encoder, encoder_state = _encoder(options)
     settings = _settings(options, encoder if encoder_state is not None else None)
@@ -71,10 +66,13 @@ def _run(options: argparse.Namespace) -> Summary:
     if lost:
         print(f"preprocess: --limit {options.limit} leaves no images of {' and '.join(lost)}", file=sys.stderr)
     make_place(options.output, "--output")
+    for path in (path for name in ("captions", "json", "splits") for path in _paths(options, name)):
+        if options.output.exists() and path.samefile(options.output):
+            raise ValueError(f"--output {options.output}: is what --captions, --json or --splits reads")
     companions = {}
     if options.source == "shapes":
         records[0].image.render(settings.image_size)  # a picture too small to draw is refused now
-        companions[options.output.with_suffix(".instances.json")] = lambda: _instances(records, settings.image_size)
+        companions[beside(options.output, "instances.json")] = lambda: _instances(records, settings.image_size)
     slow = slow_choice(settings.precision, torch_device(options.device).type) if encoder else None
     if slow:
         print(f"preprocess: {slow}", file=sys.stderr)
@@ -139,7 +137,7 @@ def _source(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("captions", "json", "splits"):
         files = [path for path in _paths(options, name) if path.is_file()]
         if files:
-            source[name] = [path.name for path in files]
+            source[name] = [path.name.encode(errors="backslashreplace").decode() for path in files]
             source[f"{name}_sha256"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     if options.vocabulary:
         source["vocabulary"] = short_name(options.vocabulary)
@@ -302,5 +300,4 @@ def _common() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -134,8 +134,7 @@ def build(
     Raises:
         ValueError: too many photos are missing or broken; the output is there; a setting does not fit.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(f"--output {output}: is there already; give --overwrite to replace it")
+    _check_free(output, report_path(output), companions or {}, overwrite=overwrite)
     limit = _Limit(len(records), settings.max_missing, output)
     records, dropped = _sort_out(records)
     limit.check(dropped)
@@ -176,6 +175,15 @@ def build(
     partial.remove()
     images = {split: sum(record.split == split for record in records) for split in SPLITS}
     return Summary(images, len(captions.raw), len(vocabulary), dropped, read, seconds)
+
+
+def _check_free(output: Path, report: Path, companions: Mapping[Path, object], *, overwrite: bool) -> None:
+    """Refuse to replace what is there, unless asked to; and a report of missing images that we did not write."""
+    taken = next((path for path in (output, *companions) if path.exists()), None)
+    if taken is not None and not overwrite:
+        raise ValueError(f"--output {output}: {taken} is there already; give --overwrite to replace it")
+    if report.is_file() and not report.read_bytes().startswith(b"# ") and not overwrite:
+        raise ValueError(f"--output {output}: {report} is there already; give --overwrite to replace it")
 
 
 def _check_room(partial: Partial, images: int, output: Path) -> None:
@@ -228,7 +236,12 @@ class _Limit:
 
 def report_path(output: Path) -> Path:
     """The file that names the missing images of a data file."""
-    return output.with_name(f"{output.stem}.missing.txt")
+    return beside(output, "missing.txt")
+
+
+def beside(output: Path, kind: str) -> Path:
+    """The name of a file that belongs to a data file."""
+    return output.with_name(f"{output.name.removesuffix('.h5')}.{kind}")
 
 
 def _sort_out(records: Sequence[Record]) -> tuple[list[Record], list[Dropped]]:

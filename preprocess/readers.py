@@ -19,13 +19,13 @@ _SPLIT_FILE = re.compile(r"(?<![a-z])(train|dev|val|test)", re.IGNORECASE)
 
 
 def inside(name: str, where: str) -> str:
-    """The name, if it cannot lead out of the folder of the images.
+    """The name, if it is text and cannot lead out of the folder of the images.
 
     Raises:
-        ValueError: it is absolute or holds `..`; begins with `where`.
+        ValueError: it is absolute or holds `..`, or half a surrogate pair; begins with `where`.
     """
     path = PureWindowsPath(name)  # knows both slashes, and drives
-    if path.anchor or ".." in path.parts or "\0" in name:
+    if path.anchor or ".." in path.parts or "\0" in name or name.encode(errors="replace").decode() != name:
         raise ValueError(f"{where}: {name!r} is no path below the folder of the images")
     return name
 

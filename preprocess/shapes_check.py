@@ -18,11 +18,12 @@ from pycocotools import mask as coco_mask
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.compatibility import check_fits
 from captioning.config import LOCATIONS, SearchConfig
-from captioning.console import exit_code
+from captioning.console import exit_code, one_line
 from captioning.data import SPLITS, CaptionData
 from captioning.devices import check_device, default_device
 from captioning.evaluate import SplitCaption, caption_split
 from captioning.files import read_json
+from preprocess.build import beside
 from preprocess.shapes import Scene, scene_from_dict
 from preprocess.shapes_grammar import is_true, mentions, parse
 
@@ -125,24 +126,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     """Caption, check and print: false sentences, shares, and one line of JSON at last."""
-    device = check_device(options.device)
+    device, masks = check_device(options.device), beside(options.data, "instances.json")
     try:
         checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
         check_fits(checkpoint, data)
         grid = max(checkpoint.model.encoder.grids)  # all scales speak, and are heard on the finest grid
-        side = data.settings["image_size"]
+        side = data.image_shape[0] if data.encoder is None else data.encoder.image_size
         if side % grid[0]:
             raise ValueError(f"{options.data}: its {side} pixels are no multiple of the attention's {grid[0]} places")
-        instances = read_json(options.data.with_suffix(".instances.json"))
+        instances = read_json(masks)
         several = len(checkpoint.encoder.sides) > 1
         search = SearchConfig(beam_size=options.beam_size, location=options.location, multi_scale=several)
         indices = data.indices(options.split).tolist()
         captions = caption_split(checkpoint.model.to(device), data, indices, checkpoint.vocabulary, search)
         report = check(captions, grid, instances)
-    except KeyError as error:
-        raise ValueError(f"{options.data.with_suffix('.instances.json')}: has no {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{masks}: is not what preprocess shapes writes ({error})") from error
     for name, text in false_ones(captions, instances)[: options.show]:
-        print(f"false: {name}: {text}")
+        print(f"false: {one_line(name)}: {text}")
     print(f"{report.true} of {report.sentences} sentences are true ({report.true / report.sentences:.1%})")
     if report.ratio is not None:
         print(

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from captioning.config import EncoderConfig, to_dict
+from captioning.console import one_line
 from captioning.data import (
     ENCODER,
     FIRST_CAPTION,
@@ -189,23 +190,36 @@ def write_file(
         attributes: `source` and `settings`.
         network: None when the images are pixels.
     """
-    text = h5py.string_dtype("utf-8")
-    with h5py.File(path, "w") as file:
-        file.attrs["schema"] = SCHEMA
-        for name, values in attributes.items():
-            file.attrs[name] = json.dumps(values, ensure_ascii=False)
-        file.create_dataset(VOCABULARY, data=list(vocabulary.words), dtype=text)
-        file.create_dataset(NAMES, data=[record.name for record in records], dtype=text)
-        splits = [SPLITS.index(record.split) for record in records]
-        file.create_dataset(IMAGE_SPLIT, data=np.array(splits, np.uint8))
-        file.create_dataset(FIRST_CAPTION, data=np.array(captions.first_caption, np.int64))
-        file.create_dataset(RAW, data=captions.raw, dtype=text)
-        file.create_dataset(FIRST_WORD, data=np.array(captions.first_word, np.int64))
-        file.create_dataset(WORDS, data=np.array(captions.words, np.int32))
-        if network is not None:
-            _write_network(file, network)
-        _write_images(file, partial, network)
+    try:
+        with h5py.File(path, "w") as file:
+            _write_tables(file, records, captions, vocabulary, attributes)
+            if network is not None:
+                _write_network(file, network)
+            _write_images(file, partial, network)
+    except (OSError, RuntimeError) as error:  # HDF5's words for a full disk, of writing and of closing
+        raise OSError(f"{path}: {one_line(error)}") from error
     to_disk(path)
+
+
+def _write_tables(
+    file: h5py.File,
+    records: Sequence[Record],
+    captions: Captions,
+    vocabulary: Vocabulary,
+    attributes: dict[str, dict[str, Any]],
+) -> None:
+    text = h5py.string_dtype("utf-8")
+    file.attrs["schema"] = SCHEMA
+    for name, values in attributes.items():
+        file.attrs[name] = json.dumps(values)
+    file.create_dataset(VOCABULARY, data=list(vocabulary.words), dtype=text)
+    file.create_dataset(NAMES, data=[record.name for record in records], dtype=text)
+    splits = [SPLITS.index(record.split) for record in records]
+    file.create_dataset(IMAGE_SPLIT, data=np.array(splits, np.uint8))
+    file.create_dataset(FIRST_CAPTION, data=np.array(captions.first_caption, np.int64))
+    file.create_dataset(RAW, data=captions.raw, dtype=text)
+    file.create_dataset(FIRST_WORD, data=np.array(captions.first_word, np.int64))
+    file.create_dataset(WORDS, data=np.array(captions.words, np.int32))
 
 
 def _write_network(file: h5py.File, network: Network) -> None:

@@ -293,3 +293,22 @@ def test_a_vocabulary_of_no_checkpoint_is_named(tmp_path, capsys):
     root = photos(tmp_path / "in", 3)
     assert main(command(root, tmp_path / "d.h5", "--vocabulary", "nowhere")) == 2
     assert "preprocess: error: nowhere: no checkpoint folder" in capsys.readouterr().err
+
+
+def test_neither_what_is_read_nor_what_lies_beside_the_output_is_replaced(tmp_path, capsys):
+    root = photos(tmp_path / "in", 3)
+    words = command(root, tmp_path / "d.h5")
+    captions = words[words.index("--captions") + 1]
+    same = command(root, Path(captions), "--overwrite")
+    assert main(same) == 2
+    assert "is what --captions, --json or --splits reads" in capsys.readouterr().err
+    (tmp_path / "d.missing.txt").write_text("my notes")
+    assert main(words) == 2
+    assert "d.missing.txt is there already; give --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "d.missing.txt").read_text() == "my notes"
+    (tmp_path / "s.v1.instances.json").write_text("{}")
+    shapes = ["shapes", "--count", "10", "--image-size", "32", "--output"]
+    assert main([*shapes, str(tmp_path / "s.v1")]) == 2
+    assert "s.v1.instances.json is there already" in capsys.readouterr().err
+    assert main([*shapes, str(tmp_path / "s.v2")]) == 0
+    assert (tmp_path / "s.v2.instances.json").exists()

@@ -271,3 +271,23 @@ def test_an_overlay_without_matplotlib_is_refused_before_the_work(call_caption, 
     code, out, err = call_caption(photos / "a.png", "--overlay", tmp_path / "o")
     assert (code, out, "needs matplotlib" in err[0]) == (2, [], True)
     assert not (tmp_path / "o").exists()
+
+
+def test_what_was_captioned_before_an_interruption_is_not_lost(call_caption, photos, tmp_path, command, monkeypatch):
+    real = command.as_json
+
+    def second_stops(path, caption):
+        if path.name != "a.png":
+            raise KeyboardInterrupt
+        return real(path, caption)
+
+    monkeypatch.setattr(command, "as_json", second_stops)
+    code, _, err = call_caption(photos / "*.png", "--json", tmp_path / "x.json")
+    assert (code, err) == (130, ["caption: interrupted"])
+    assert [value["image"] for value in json.loads((tmp_path / "x.json").read_text())] == [str(photos / "a.png")]
+
+
+def test_a_name_that_would_steer_a_terminal_is_written_as_escapes(call_caption, photos, tmp_path):
+    shutil.copy(photos / "a.png", tmp_path / "\x1b]0;mine\x07.png")
+    _, out, _ = call_caption(tmp_path / "\x1b]0;mine\x07.png")
+    assert out[0].startswith(f"{tmp_path}/\\x1b]0;mine\\x07.png\t")

@@ -92,6 +92,14 @@ def test_half_precision_takes_half_the_room_and_stays_close(tiny_checkpoint, tmp
         torch.testing.assert_close(x, first.model.state_dict()[name], rtol=1e-3, atol=1e-3)
 
 
+def test_weights_too_large_for_half_precision_are_not_stored_so(tiny_checkpoint, tmp_path):
+    first = load_checkpoint(tiny_checkpoint)
+    first.model.decoder.E.weight.data[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"as float16: decoder\.E\.weight holds values that are not finite"):
+        save_checkpoint(tmp_path / "half", first, half=True)
+    assert not (tmp_path / "half").exists()
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_tied_embeddings_are_stored_once_and_come_back_tied(tiny_checkpoint, tmp_path, half):
     first = with_decoder(load_checkpoint(tiny_checkpoint), tie_embeddings=True)

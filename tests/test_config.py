@@ -28,6 +28,7 @@ from captioning.models.attention import build_gate
 from captioning.models.blocks import NORMS
 from captioning.models.transformer import POSITIONS
 from captioning.optimization import OPTIMIZERS, learning_rate_factor
+from captioning.run import Progress
 from captioning.settings import parse_settings, read_recipe, recipe_path, recipes, settings_parser
 
 REQUIRED = ["--data", "d.h5", "--output", "runs/x"]
@@ -299,6 +300,24 @@ def test_a_config_from_elsewhere_imports_nothing_and_opens_nothing(values, intru
     with pytest.raises(ValueError, match=r"--config .*recipe\.yaml[\w.]*: (no setting is called|expected a mapping)"):
         parse_settings(["--config", str(recipe), "--data", "d.h5", "--output", "runs/x"])
     assert not intruder()
+
+
+def test_the_state_of_a_run_from_elsewhere_imports_nothing_either(intruder):
+    for point in ({"class_path": "intruder.X"}, {"CIDEr": {"class_path": "intruder.X"}}, {"epoch": "intruder.X"}):
+        with pytest.raises(ValueError, match=r"^theirs: "):
+            from_dict(Progress, {"history": [point]}, "theirs")
+    assert not intruder()
+
+
+def test_numbers_too_large_for_any_machine_are_refused():
+    with pytest.raises(ValueError, match=r"^theirs: "):
+        from_dict(SearchConfig, {"temperature": 10**400}, "theirs")
+
+
+def test_a_recipe_in_which_little_text_stands_for_much_is_refused(tmp_path):
+    (tmp_path / "bomb.yaml").write_text("encoder:\n  scales: &a [224]\n  grid: *a\n")
+    with pytest.raises(ValueError, match=r"--config .*bomb\.yaml: not YAML: it has aliases"):
+        parse_settings(["--config", str(tmp_path / "bomb.yaml")])
 
 
 def test_a_recipe_that_is_no_yaml_is_named(tmp_path):

@@ -22,6 +22,7 @@ from captioning.data import (
     ANNOTATIONS,
     ENCODER,
     FIRST_CAPTION,
+    FIRST_WORD,
     IMAGE_SPLIT,
     NAMES,
     PIXELS,
@@ -35,6 +36,7 @@ from captioning.data import (
 )
 from captioning.files import hold
 from captioning.run import start
+from captioning.vocabulary import END, PAD, START
 
 
 def changed(whole: Path, tmp_path: Path, change: Callable[[h5py.File], None]) -> Path:
@@ -93,6 +95,9 @@ def test_bytes_of_another_file_are_not_read(tiny_annotations, tmp_path):
         (IMAGE_SPLIT, {"data": h5py.Empty("u1")}, "holds nothing"),
         (PIXELS, {"data": h5py.Empty("u1")}, "holds nothing"),
         (RAW, {"shape": (2 * 10**10,), "dtype": h5py.string_dtype(), "chunks": (1,)}, "must take at most"),
+        (NAMES, {"shape": (1000,), "dtype": "S20000000", "chunks": (1,)}, "must take at most"),
+        (NAMES, {"shape": (10**8,), "dtype": "S1", "chunks": (10**6,)}, "must take at most"),
+        (FIRST_WORD, {"shape": (10**9,), "dtype": "u1", "chunks": (10**6,)}, "must take at most"),
         (IMAGE_SPLIT, {"data": np.zeros(40)}, r"must be a list of whole numbers \(got float64 of shape \(40,\)\)"),
         (IMAGE_SPLIT, {"data": np.full(40, -1)}, "must be 40 numbers below 3"),
         (FIRST_CAPTION, {"data": np.zeros((41, 1), int)}, "must be a list of whole numbers"),
@@ -116,6 +121,7 @@ def test_bytes_of_another_file_are_not_read(tiny_annotations, tmp_path):
         (PIXELS, {"data": np.zeros((40, 8, 9, 3), "u1")}, "must be 40 square RGB images"),
         (PIXELS, {"data": np.zeros((40, 3, 8, 8), "u1")}, "must be 40 square RGB images"),
         (PIXELS, {"shape": (40, 10**6, 10**6, 3), "dtype": "u1", "chunks": (1, 8, 8, 3)}, "must be 40 square RGB"),
+        (PIXELS, {"data": np.zeros((40, 32, 32, 3), ">u2")}, r".*in the other order of bytes"),
         (PIXELS, {"data": np.uint8(0)}, "must be 40 square RGB images"),
     ],
 )
@@ -128,6 +134,7 @@ def test_a_table_of_another_kind_is_named(name, options, said, tiny_data, tmp_pa
     ("value", "said"),
     [
         (3, "settings: must be an attribute with a JSON object"),
+        (["{}", "{}"], "settings: must be an attribute with a JSON object"),
         ("[]", "settings: must be a JSON object, not list"),
         ("{", "settings: is not JSON"),
         ("[" * 10**5, "settings: is not JSON"),
@@ -136,7 +143,7 @@ def test_a_table_of_another_kind_is_named(name, options, said, tiny_data, tmp_pa
 )
 def test_settings_that_are_none_are_named(value, said, tiny_data, tmp_path):
     def change(file):
-        file.attrs.create("settings", value) if isinstance(value, int) else file.attrs.modify("settings", value[:60000])
+        file.attrs.create("settings", value[:60000] if isinstance(value, str) else value)
 
     with pytest.raises(ValueError, match=rf"x\.h5: {said}"):
         CaptionData(changed(tiny_data, tmp_path, change))
@@ -173,6 +180,27 @@ def test_a_stored_encoder_that_is_not_finite_is_refused_before_it_is_trained_wit
     data = changed(tiny_annotations, tmp_path, change)
     with pytest.raises(ValueError, match=r"x\.h5: encoder/bn1\.running_var: must be finite numbers"):
         CaptionData(data).encoder_state()
+
+
+def test_a_stored_encoder_has_no_groups_within_it(tiny_annotations, tmp_path):
+    data = changed(tiny_annotations, tmp_path, lambda file: file[ENCODER].create_group("a/b/c"))
+    with pytest.raises(ValueError, match=r"x\.h5: encoder/a: must hold numbers or text, and is a group"):
+        CaptionData(data).encoder_state()
+
+
+@pytest.mark.parametrize("special", [PAD, START, END])
+def test_a_caption_holds_no_special_word(special, tiny_data, tmp_path):
+    def change(file):
+        file[WORDS][7] = special
+
+    with pytest.raises(ValueError, match=r"x\.h5: caption/words: numbers of words must lie in \[3, "):
+        CaptionData(changed(tiny_data, tmp_path, change))
+
+
+def test_a_caption_without_end_is_refused(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("captioning.data.MOST_WORDS", 3)
+    with pytest.raises(ValueError, match=r"d?\.h5: caption/first_word: a caption may have at most 3 words"):
+        CaptionData(tiny_data)
 
 
 def test_vectors_must_have_the_form_that_their_encoder_gives_them(tiny_annotations, tmp_path):

@@ -29,7 +29,12 @@ def test_results_are_in_the_coco_format_with_integer_ids(tmp_path):
 
 @pytest.mark.parametrize(
     ("keys", "written"),
-    [(["391895", "0"], [391895, 0]), (["391895", "x.jpg"], ["391895", "x.jpg"]), (["7", "007"], ["7", "007"])],
+    [
+        (["391895", "0"], [391895, 0]),
+        (["391895", "x.jpg"], ["391895", "x.jpg"]),
+        (["7", "007"], ["7", "007"]),
+        (["9" * 5000], ["9" * 5000]),
+    ],
 )
 def test_ids_that_are_all_numbers_are_written_as_cocos_own_tools_want_them(keys, written, tmp_path):
     write_results(tmp_path / "results.json", dict.fromkeys(keys, "a dog"))
@@ -57,6 +62,7 @@ def test_interrupted_writing_leaves_the_old_file_and_nothing_else(tmp_path, monk
         ("[{", "is not JSON"),
         ({"a": "b"}, "must be a non-empty JSON list"),
         ([], "must be a non-empty JSON list"),
+        ('[{"image_id": 1, "image_id": 2, "caption": "a"}]', "is not JSON: the field 'image_id' comes twice"),
         (["a dog"], r"\[0\]: image_id"),
         ([{"caption": "a"}], r"\[0\]: image_id=None is not of type int or str"),
         ([{"image_id": 1.5, "caption": "a"}], r"\[0\]: image_id"),
@@ -84,13 +90,14 @@ def test_malformed_results_name_the_file_and_the_field(file, content, message):
             {"images": [{"filename": "x.jpg", "sentences": [{"raw": "a", "tokens": ["a"]}, {"raw": "b"}]}]},
             {"x.jpg": ["a", "b"]},
         ),
+        ({"annotations": [{"image_id": 4, "caption": "a"}, {"image_id": "4", "caption": "b"}]}, {"4": ["a", "b"]}),
         ({"images": [{"cocoid": 4, "filename": "x.jpg", "sentences": [{"raw": "a"}]}]}, {"4": ["a"]}),
         ({"x.jpg": ["a", "b"], "y.jpg": ["c"]}, {"x.jpg": ["a", "b"], "y.jpg": ["c"]}),
         ('image,caption\nx.jpg,A dog\nx.jpg,"A cat, too"\n', {"x.jpg": ["A dog", "A cat, too"]}),
         ("image_name| comment_number| comment\nx.jpg| 0| A dog .\n", {"x.jpg": ["A dog ."]}),
         ("x.jpg#0\tA dog .\nx.jpg#1\tA cat\t.\n\ny.jpg#0\tB\r\n", {"x.jpg": ["A dog .", "A cat\t."], "y.jpg": ["B"]}),
     ],
-    ids=["coco", "karpathy", "karpathy-coco", "mapping", "kaggle", "flickr30k", "flickr8k"],
+    ids=["coco", "karpathy", "coco-as-text", "karpathy-coco", "mapping", "kaggle", "flickr30k", "flickr8k"],
 )
 def test_each_format_of_references_is_recognised(file, content, references):
     assert read_references(file(content)) == references

@@ -51,7 +51,7 @@ def test_a_killed_process_resumes_from_its_last_saved_step_to_the_same_bits(whol
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert progress.exists() or (tmp_path / "run" / "last.old").exists()
+    assert progress.exists() or (tmp_path / "run" / ".last.replaced").exists()
     result = subprocess.run(
         [*command, "--resume", "true"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )

@@ -244,6 +244,12 @@ def test_a_path_that_leaves_the_folder_of_the_images_is_refused_by_every_source(
             attempt()
 
 
+def test_a_name_that_no_file_can_have_is_refused_before_any_photo_is_read(tmp_path):
+    rows = write(tmp_path / "c.jsonl", '{"image": "\\ud83d.png", "caption": "x"}')
+    with pytest.raises(ValueError, match=r"c\.jsonl:1: image: '\\ud83d.png' is no path below the folder"):
+        folder(rows, tmp_path)
+
+
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     captions = tmp_path / "c.csv"
     captions.write_bytes("image,caption\na.png,große\n".encode("latin-1"))

@@ -10,6 +10,7 @@ from conftest import ROOT
 from tiny_runs import STEPS, TINY, tiny_settings
 
 from captioning import training
+from captioning.checkpoint import load_checkpoint
 
 
 def test_every_step_is_made_in_training_mode_though_the_same_model_was_validated(tiny_data, tmp_path, monkeypatch):
@@ -76,3 +77,14 @@ def test_a_validation_searches_in_evaluation_mode(decay, tiny_data, tmp_path, mo
     optimizer = dataclasses.replace(TINY["optimizer"], average_decay=decay)
     training.train(tiny_settings(tiny_data, tmp_path / "run", optimizer=optimizer))
     assert modes == [False, False]
+
+
+def test_a_gradient_that_is_not_finite_reaches_neither_the_weights_nor_what_was_saved(tiny_data, tmp_path, monkeypatch):
+    def spoil(run):
+        if run.progress.step == 1:
+            next(run.model.decoder.parameters()).grad.fill_(float("nan"))  # of a loss that is finite
+
+    monkeypatch.setattr(training, "average_gradients", spoil)
+    with pytest.raises(ValueError, match=r"the gradient is not finite at step 1: lower optimizer\.learning_rate"):
+        training.train(tiny_settings(tiny_data, tmp_path / "run", save_every=1))
+    assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == 1  # it is finite, or would not load
