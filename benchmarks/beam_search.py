@@ -40,14 +40,14 @@ def necessary(sizes: Sizes, config: SearchConfig, dtype: torch.dtype) -> list[Ph
     """
     n, beam, steps = sizes.images, config.beam_size, config.max_length + 1
     locations, annotation_dim, dim, k, vocabulary = sizes[2:7]
-    rows, size = n * beam, dtype.itemsize
+    rows, size = n * (beam * (steps - 1) + 1), dtype.itemsize  # before the first word all rows of an image are one
     weights = (2 * dim + annotation_dim) * 4 * dim + dim * (k + 1) + dim * (dim + annotation_dim) + dim * vocabulary
     image = locations * (annotation_dim + k)
     return [
         Phase("keys", 2 * n * locations * annotation_dim * k, n * locations * annotation_dim * size),
         Phase("initial state", 4 * n * annotation_dim * dim, 2 * annotation_dim * dim * size),
-        Phase("gates, deep output, logits", 2 * steps * rows * weights, steps * weights * size),
-        Phase("attention", 2 * steps * rows * image, steps * n * image * size),
+        Phase("gates, deep output, logits", 2 * rows * weights, steps * weights * size),
+        Phase("attention", 2 * rows * image, steps * n * image * size),
     ]
 
 

@@ -105,8 +105,8 @@ def estimate(
         learn: give the baseline's own parameters their gradient too, in `.grad`.
     """
     generator = None if seed is None else torch.Generator(oracle.a.device).manual_seed(seed)
-    words = oracle.words.repeat_interleave(copies, dim=1)
-    total, _, terms = hard_loss(oracle.decoder, oracle.a, words, hard, baseline, generator=generator)
+    a, words = (x.repeat_interleave(copies, dim=0) for x in (oracle.a, oracle.words))  # each copy tosses its own coins
+    total, _, terms = hard_loss(oracle.decoder, a, words, hard, baseline, generator=generator)
     loss = total / (copies * hard.samples)
     if learn:
         loss.backward(inputs=list(baseline.parameters()), retain_graph=True)

@@ -182,7 +182,7 @@ def necessary(sizes: Sizes, words: Tensor, parameters: int, dtype: torch.dtype) 
     return [
         Phase("keys, and their weights' gradient", 4 * n * locations * annotation_dim * k, 0),
         Phase("annotations read", 0, 2 * n * locations * annotation_dim * size),
-        Phase("initial state", 6 * n * 2 * annotation_dim * dim, 0),
+        Phase("initial state", 4 * n * 2 * annotation_dim * dim, 0),
         Phase("scores", 4 * rows * locations * k, 2 * image_steps * locations * k * size),
         Phase("context", 4 * rows * locations * annotation_dim, 2 * image_steps * locations * annotation_dim * size),
         Phase("recurrence", 4 * rows * state, 2 * steps * state * size),

@@ -188,7 +188,8 @@ def _roll_out(
     traces: list[_Trace] = []
     for _ in range(config.max_length + 1):
         step = decoder.step(words, state, memory)
-        log_p = step.logits.log_softmax(dim=-1)
+        exact = torch.promote_types(step.logits.dtype, torch.float32)  # what is drawn from is what is learned from
+        log_p = step.logits.to(exact).log_softmax(dim=-1)
         words = choose(_forbid(log_p, history, config))
         spent = log_p.gather(-1, words.unsqueeze(-1)).view(n, k)
         traces.append(_Trace(same, words.view(n, k), spent, same, *_looks(step, n)))

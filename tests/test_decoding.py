@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from captioning import decoding
 from captioning.config import DecoderConfig, SearchConfig
 from captioning.decoding import beam_search, draw_words, greedy, nucleus, sample, sayable, search
 from captioning.models.decoder import Decoder, Step
@@ -62,12 +63,21 @@ def brute_force(decoder: Decoder, a: Tensor, vocabulary: int, config: SearchConf
     return sorted(found, reverse=True)
 
 
+def repeats(words, n):
+    ngrams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(set(ngrams)) < len(ngrams)
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_wide_beam_finds_what_brute_force_finds(seed, length_penalty):
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_a_wide_beam_finds_what_brute_force_finds(seed, length_penalty, n):
     decoder, a = small_decoder(seed, vocabulary=7), annotations(1, seed)
-    config = SearchConfig(beam_size=200, max_length=4, length_penalty=length_penalty, num_captions=20)
-    expected = brute_force(decoder, a, 7, config)[:20]
+    config = SearchConfig(
+        beam_size=200, max_length=4, length_penalty=length_penalty, num_captions=20, no_repeat_ngram=n
+    )
+    allowed = [found for found in brute_force(decoder, a, 7, config) if not repeats(found[1], n)]
+    expected = allowed[:20]
     found = search(decoder, a, config)[0]
     assert [h.ids for h in found] == [ids for _, ids in expected]
     assert [h.score for h in found] == pytest.approx([score for score, _ in expected], rel=1e-9)
@@ -257,6 +267,20 @@ def test_words_are_drawn_from_the_softmax_of_the_sayable_logits():
     first = draw_words(TableDecoder(table), torch.zeros(1, 1, 1), config, generator=generator)[0, :, 1]
     for word, share in ((END, 0.25), (4, 0.25), (5, 0.5)):
         assert abs((first == word).double().mean() - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+
+
+def test_words_are_drawn_from_what_is_learned_from_whatever_the_products_are_made_in(monkeypatch):
+    seen, real = [], decoding._drawn
+
+    def noted(config, generator):
+        choose = real(config, generator)
+        return lambda log_p: seen.append(log_p.dtype) or choose(log_p)
+
+    monkeypatch.setattr(decoding, "_drawn", noted)
+    decoder = small_decoder(0).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        draw_words(decoder, annotations(2).float(), SearchConfig(sample=True, max_length=3))
+    assert set(seen) == {torch.float32}
 
 
 def test_equal_seeds_give_equal_samples_and_others_do_not():
