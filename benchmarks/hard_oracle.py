@@ -111,7 +111,7 @@ def estimate(
     if learn:
         loss.backward(inputs=list(baseline.parameters()), retain_graph=True)
     gradient = _flat(-loss, oracle)
-    baseline.learn(*terms.captions)
+    baseline.observe(*terms.captions)
     return gradient
 
 

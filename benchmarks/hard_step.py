@@ -25,8 +25,9 @@ from captioning.hard_objective import hard_loss
 from captioning.losses import word_nll
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
+from captioning.plan import plan
 from captioning.reward_baselines import Baseline, build_baseline
-from captioning.run import plan, start, training_set
+from captioning.run import start, training_set
 from captioning.settings import parse_settings
 from captioning.training import train_step
 

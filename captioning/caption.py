@@ -98,7 +98,7 @@ def as_json(path: Path, caption: Caption) -> dict[str, Any]:
     return {"image": str(path), **values, "alternatives": alternatives}
 
 
-def draws(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> bool:
+def draw_overlay(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> bool:
     """Draw the per-word attention and say where; whether that went well: other photos are not lost if it did not."""
     try:
         said = write_overlay(path, caption, options, taken) if caption.words else "no words to overlay"
@@ -200,7 +200,7 @@ def run(options: argparse.Namespace) -> int:
             if options.json:
                 results.append(as_json(path, caption))
             if options.overlay:
-                failed += not draws(path, caption, options, taken)
+                failed += not draw_overlay(path, caption, options, taken)
     except BaseException:
         if results:  # Ctrl-C, a full disk: what was captioned is not lost
             write_captions(results, options.json)

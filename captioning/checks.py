@@ -41,7 +41,7 @@ def not_negative(owner: object, *names: str) -> None:
             raise ValueError(f"{name} must not be negative (got {getattr(owner, name)})")
 
 
-def unread(owner: Any, why: str, names: Sequence[str] | None = None, *, prefix: str = "") -> None:
+def refuse_unread(owner: Any, why: str, names: Sequence[str] | None = None, *, prefix: str = "") -> None:
     """Refuse fields (None: all of them) that someone changed and that nothing will read."""
     for each in dataclasses.fields(owner):
         if (names is None or each.name in names) and getattr(owner, each.name) != each.default:

@@ -42,7 +42,8 @@ from captioning.evaluate import evaluate
 from captioning.files import fresh_file, read_json, recover_folder, write_json, write_text
 from captioning.images import open_image
 from captioning.memory import keep_memory
-from captioning.run import Run, plan, start, start_accelerator, training_set
+from captioning.plan import plan
+from captioning.run import Run, start, start_accelerator, training_set
 from captioning.settings import parse_settings
 from captioning.training import Interrupted, train, train_step
 

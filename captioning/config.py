@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from captioning.checks import at_most, finite, fraction, not_negative, positive, unread
+from captioning.checks import at_most, finite, fraction, not_negative, positive, refuse_unread
 from captioning.console import one_line
 from captioning.model_config import DecoderConfig, EncoderConfig, RegionEncoderConfig
 
@@ -55,7 +55,7 @@ class DistillationConfig:
         if not 0 < self.weight <= 1:
             raise ValueError(f"weight must lie in (0, 1] (got {self.weight})")
         if not self.teachers:
-            unread(self, "needs distillation.teachers", ["weight"], prefix="distillation.")
+            refuse_unread(self, "needs distillation.teachers", ["weight"], prefix="distillation.")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class HardConfig:
             why = f"relaxation={self.relaxation!r} uses no reward"
             if self.baseline != "none":
                 raise ValueError(f"{why}: it needs baseline='none' (got {self.baseline!r})")
-            unread(self, f"must be left out: {why}", ["reward", "lambda_r"])
+            refuse_unread(self, f"must be left out: {why}", ["reward", "lambda_r"])
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ class Settings:
         not_negative(self, "max_steps", "workers", "save_every", "threads", "seed")
         at_most(self, 2**63 - 1, "seed")
         if self.decoder.attention != "hard":
-            unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
+            refuse_unread(self.hard, f"needs decoder.attention='hard' (got {self.decoder.attention!r})", prefix="hard.")
         if self.decoder.glimpses > 1 and self.hard.relaxation != "none":
             raise ValueError(f"hard.relaxation={self.hard.relaxation!r} needs decoder.glimpses=1")
         if self.decoder.name == "lstm":

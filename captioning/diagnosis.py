@@ -222,7 +222,7 @@ def signal_to_noise(
         data: as for `diagnose`.
         indices: which images.
         vocabulary: the model's words (not the file's).
-        loss: of annotation vectors (N, L, D) and words (N, K, S); None: `likelihood` of the model.
+        loss: of annotation vectors (N, L, D) and words (N, K, S); None: `nll_loss` of the model.
         scale: as for `diagnose`.
         seed: of dropout and sampled locations.
 
@@ -234,12 +234,12 @@ def signal_to_noise(
     if len(chosen) < 2 * size:
         return None
     batches = caption_batches(model, data, chosen, vocabulary, batch_size=size, scale=scale)
-    subject = (model, batches, loss or partial(likelihood, model))
+    subject = (model, batches, loss or partial(nll_loss, model))
     found = attention_gradients(*subject, scale=scale, seed=seed)
     return None if found is None else gradient_signal_to_noise(found) * STEP / size
 
 
-def likelihood(model: CaptioningModel, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Float[Tensor, ""]:
+def nll_loss(model: CaptioningModel, a: Float[Tensor, "N L D"], words: Integer[Tensor, "N K S"]) -> Float[Tensor, ""]:
     """The NLL per word; for hard attention a value whose gradient is that of minus the bound, eq. 10, by JUDGE."""
     if not is_hard(model):
         output = model(a, words)

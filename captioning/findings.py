@@ -10,7 +10,7 @@ from typing import Any
 class Diagnosis:
     """What a model does with its attention on a split; docs/diagnostics.md says what each number means.
 
-    The fields from `entropy` on are None for a model without attention. Entropies are shares of ln L, NLLs nats per
+    The fields from `locations` on are None for a model without attention. Entropies are shares of ln L, NLLs nats per
     word. Of several heads the weights are the mean, which may be flat where each of them is sharp.
     """
 

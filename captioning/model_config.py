@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from captioning.checks import at_most, fraction, positive, unread
+from captioning.checks import at_most, fraction, positive, refuse_unread
 
 Fit = Literal["crop", "squash"]
 Resample = Literal["bicubic", "bilinear"]
@@ -108,7 +108,7 @@ class RegionEncoderConfig:
         at_most(self, MAX_LAYERS, "blocks")
         fraction(self, "dropout")
         strange = [name for name, readers in _REGION_READERS.items() if self.name not in readers]
-        unread(self, f"has no meaning with region_encoder.name={self.name!r}; leave it out", strange)
+        refuse_unread(self, f"has no meaning with region_encoder.name={self.name!r}; leave it out", strange)
         if self.name in _REGION_READERS["heads"] and self.dim % self.heads:
             raise ValueError(f"region_encoder.heads must divide region_encoder.dim (got {self.heads} and {self.dim})")
 
@@ -188,7 +188,7 @@ class DecoderConfig:
         at_most(self, MAX_LAYERS, "layers")
         fraction(self, "dropout", "embedding_dropout", "annotation_dropout", "window")
         strange = [name for name, readers in _READERS.items() if self.name not in readers]
-        unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", strange)
+        refuse_unread(self, f"has no meaning with decoder.name={self.name!r}; leave it out", strange)
         if self.name == "transformer" and self.embedding_dim != self.hidden_dim:
             raise ValueError(
                 "decoder.name='transformer' needs embedding_dim == hidden_dim "
@@ -197,13 +197,17 @@ class DecoderConfig:
         if self.attention == "multi_head" and self.alignment not in ("additive", "scaled_dot"):  # additive: not set
             raise ValueError(f"alignment={self.alignment!r} has no meaning with multi_head, which scores by scaled_dot")
         if self.attention != "hard":
-            unread(self, f"needs decoder.attention='hard' (got {self.attention!r})", HARD_ONLY, prefix="decoder.")
+            refuse_unread(
+                self, f"needs decoder.attention='hard' (got {self.attention!r})", HARD_ONLY, prefix="decoder."
+            )
         self._check_heads()
 
     def _check_heads(self) -> None:
         whole = "attention_dim" if self.attention == "multi_head" else "hidden_dim"
         if self.attention != "multi_head" and self.name != "transformer":
-            unread(self, "needs decoder.attention='multi_head' or decoder.name='transformer'; leave it out", ["heads"])
+            refuse_unread(
+                self, "needs decoder.attention='multi_head' or decoder.name='transformer'; leave it out", ["heads"]
+            )
         elif getattr(self, whole) % self.heads:
             raise ValueError(f"decoder.heads must divide decoder.{whole} (got {self.heads} and {getattr(self, whole)})")
 

@@ -79,4 +79,4 @@ def with_penalty(run: Run, output: Output, loss: Float[Tensor, ""]) -> tuple[Flo
 
 def update_baseline(run: Run, baseline: Baseline, terms: HardTerms) -> None:
     """Let the baseline learn from the sampled captions of all processes."""
-    baseline.learn(*run.accelerator.reduce(terms.captions))
+    baseline.observe(*run.accelerator.reduce(terms.captions))

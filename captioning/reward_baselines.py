@@ -35,13 +35,8 @@ class Baseline(nn.Module):
         """What the baseline's own parameters minimise, if it has any."""
         return None
 
-    def learn(self, log_p: Float[Tensor, ""], words: Float[Tensor, ""], captions: Float[Tensor, ""]) -> None:
-        """Learn from a batch, after it was used: its summed log p and words, of so many sampled captions."""
-        if captions:
-            self.update(log_p / captions, words / captions)
-
-    def update(self, log_p: Float[Tensor, ""], words: Float[Tensor, ""]) -> None:
-        """The same, from means over sampled captions."""
+    def observe(self, log_p: Float[Tensor, ""], words: Float[Tensor, ""], captions: Float[Tensor, ""]) -> None:
+        """Take note of a batch, after it was used: its summed log p and words, of so many sampled captions."""
 
     def _words(self, mask: Bool[Tensor, "N K T"]) -> Float[Tensor, "N K T"]:
         """How many words a step's reward sums."""
@@ -65,8 +60,9 @@ class MovingAverage(Baseline):
         b = self.b.to(rewards.dtype)
         return b * self._words(mask) if self.to_go else b.expand_as(rewards)
 
-    def update(self, log_p: Float[Tensor, ""], words: Float[Tensor, ""]) -> None:
-        self.b.lerp_((log_p / words if self.to_go else log_p).to(self.b.dtype), 0.1)
+    def observe(self, log_p: Float[Tensor, ""], words: Float[Tensor, ""], captions: Float[Tensor, ""]) -> None:
+        if captions:
+            self.b.lerp_((log_p / (words if self.to_go else captions)).to(self.b.dtype), 0.1)
 
 
 class LeaveOneOut(Baseline):

@@ -28,7 +28,7 @@ from captioning.checks import not_negative
 from captioning.compatibility import fingerprint
 from captioning.config import EncoderConfig, SearchConfig, Settings, from_dict, to_dict
 from captioning.console import go_on_unheard, one_line
-from captioning.data import CaptionData, CaptionDataset, Sample, plan_epoch
+from captioning.data import CaptionData, CaptionDataset
 from captioning.distillation import Teachers, load_teachers
 from captioning.files import clear_folder, hold, make_folder, recover_folder, short_name, write_json
 from captioning.models.captioner import CaptioningModel
@@ -39,10 +39,11 @@ from captioning.optimization import (
     moving_average,
     optimizer_tensors,
 )
+from captioning.plan import Length, plan_length
 from captioning.precision import number_format, slow_choice
 from captioning.reward_baselines import Baseline
 from captioning.rewards import CiderD, references_with_end
-from captioning.start import left_last, start_baseline, start_model
+from captioning.start import load_last, start_baseline, start_model
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """What the functions below share: the objects of one training run.
+    """The objects of one training run, which everything that trains shares.
 
     Args:
         settings: with what `precision: auto` came to.
@@ -89,10 +90,8 @@ class Run:
         progress: how far it is.
         writer: of the curves; in the main process.
         lock: the file that keeps others out of the run's folder; in the main process.
-        likelihood_steps: how many steps minimise the NLL.
-        total_steps: all of the run's.
+        length: its steps and epochs.
         reward: of self-critical training, if there is any.
-        epochs: how many the steps take.
     """
 
     settings: Settings
@@ -109,15 +108,13 @@ class Run:
     progress: Progress
     writer: SummaryWriter | None
     lock: TextIO | None
-    likelihood_steps: int
-    total_steps: int
+    length: Length
     reward: CiderD | None
-    epochs: int
 
     @property
     def complete(self) -> bool:
         """Whether the last step was made, and its epoch closed."""
-        return self.progress.step >= self.total_steps and self.progress.batch == 0
+        return self.progress.step >= self.length.steps and self.progress.batch == 0
 
     @property
     def evaluated(self) -> CaptioningModel:
@@ -147,10 +144,10 @@ class Run:
         """This step's learning rate as a fraction of the optimiser's peak."""
         options, phase, step = self.settings.optimizer, self.settings.self_critical, self.progress.step
         if not self.self_critical:
-            return learning_rate_factor(step, self.likelihood_steps, options)
+            return learning_rate_factor(step, self.length.likelihood_steps, options)
         schedule = dataclasses.replace(options, warmup_steps=0, schedule=phase.schedule)
-        done = step - self.likelihood_steps
-        factor = learning_rate_factor(done, self.total_steps - self.likelihood_steps, schedule)
+        done, steps = step - self.length.likelihood_steps, self.length.steps - self.length.likelihood_steps
+        factor = learning_rate_factor(done, steps, schedule)
         return factor * phase.learning_rate / options.learning_rate
 
 
@@ -171,7 +168,7 @@ def start(settings: Settings) -> Run:
     if settings.threads:
         torch.set_num_threads(settings.threads)  # the accelerator may have set them, too
     torch.manual_seed(settings.seed)
-    last = left_last(settings, state, data)
+    last = load_last(settings, state, data)
     model, encoder = start_model(settings, data, last)
     baseline = start_baseline(settings)
     if baseline is not None:
@@ -187,7 +184,6 @@ def start(settings: Settings) -> Run:
     if average is not None:
         average.to(accelerator.device)
     writer, lock = open_output(settings, progress) if accelerator.is_main_process else (None, None)
-    steps, likelihood_steps, total_steps, epochs = length(settings, data)
     run = Run(
         settings=settings,
         accelerator=accelerator,
@@ -203,26 +199,13 @@ def start(settings: Settings) -> Run:
         progress=progress,
         writer=writer,
         lock=lock,
-        likelihood_steps=likelihood_steps,
-        total_steps=total_steps,
+        length=plan_length(settings, data),
         reward=CiderD(references_with_end(data, "train")) if settings.self_critical.epochs else None,
-        epochs=epochs,
     )
-    say_what_starts(run, steps)
+    say_what_starts(run)
     if state is not None:
         say_if_elsewhere(run, state)
     return run
-
-
-def length(settings: Settings, data: CaptionData) -> tuple[int, int, int, int]:
-    """A run in numbers: steps of its first epoch, of its likelihood phase and of all of it, and its epochs."""
-    unlimited = dataclasses.replace(settings, max_steps=0)
-    first, last = (len(plan(unlimited, data, epoch=epoch)) for epoch in (0, settings.epochs - 1))
-    likelihood = first * settings.likelihood_epochs
-    total = likelihood + last * settings.self_critical.epochs
-    total = min(total, settings.max_steps or total)
-    epochs = min(settings.epochs, -(-total // first)) if settings.max_steps else settings.epochs
-    return first, min(likelihood, total), total, epochs
 
 
 def go_on(state: TrainingState, folder: Path, optimizer: Optimizer, others: Mapping[str, nn.Module | None]) -> Progress:
@@ -293,19 +276,19 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
     return {"threads": threads, "processes": accelerator.num_processes, "device": accelerator.device.type}
 
 
-def say_what_starts(run: Run, steps: int) -> None:
+def say_what_starts(run: Run) -> None:
     """How much of what, on what; and if the precision that was asked for is a poor choice there."""
     images = len(run.data.indices("train"))
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     here = machine(run.accelerator)
     say(
         run,
-        f"{images:,} images, {steps:,} steps an epoch, {parameters:,} trained parameters, "
+        f"{images:,} images, {run.length.epoch_steps:,} steps an epoch, {parameters:,} trained parameters, "
         f"{here['processes']} process(es) on {here['device']}, {run.settings.precision}",
     )
     if slow := slow_choice(run.settings.precision, here["device"]):
         say(run, slow)
-    warmup, likelihood = run.settings.optimizer.warmup_steps, run.likelihood_steps
+    warmup, likelihood = run.settings.optimizer.warmup_steps, run.length.likelihood_steps
     if 0 < likelihood <= warmup:
         say(run, f"the run has {likelihood} steps and optimizer.warmup_steps={warmup}: its rate never reaches its peak")
 
@@ -317,21 +300,6 @@ def say_if_elsewhere(run: Run, state: TrainingState) -> None:
     if isinstance(before, dict) and before != now:
         was, is_now = (", ".join(f"{name} {value}" for name, value in x.items()) for x in (before, now))
         say(run, f"resumed elsewhere ({was}; now {is_now}): it goes on, but not to the same bits")
-
-
-def plan(settings: Settings, data: CaptionData, *, epoch: int) -> list[list[Sample]]:
-    """The batches of an epoch, over all processes; fewer or none after `max_steps`."""
-    batches = plan_epoch(
-        data,
-        "train",
-        captions_per_image=settings.captions_per_image,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        epoch=epoch,
-        every_caption=epoch < settings.likelihood_epochs,
-        scales=len(settings.encoder.sides),
-    )
-    return batches[: max(settings.max_steps - epoch * len(batches), 0)] if settings.max_steps else batches
 
 
 def as_checkpoint(run: Run, model: CaptioningModel) -> Checkpoint:

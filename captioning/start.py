@@ -1,16 +1,14 @@
 """What a run starts from: settings, data and checkpoints that fit together, which is known before a step is made."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from captioning.checkpoint import Checkpoint, TrainingState, checkpoint_folder, load_checkpoint, load_state
-from captioning.checks import unread
+from captioning.checks import refuse_unread
 from captioning.compatibility import check_same_task, check_views, fingerprint
-from captioning.config import DecoderConfig, EncoderConfig, Settings, from_dict, to_dict
+from captioning.config import EncoderConfig, Settings, from_dict, to_dict
 from captioning.data import ANNOTATIONS, CaptionData, check_augment
 from captioning.model_config import HARD_ONLY
-from captioning.models.attention import window_size
 from captioning.models.captioner import CaptioningModel, build_model
 from captioning.reward_baselines import Baseline, build_baseline
 
@@ -41,14 +39,13 @@ def start_model(
         region_encoder=settings.region_encoder,
         encoder_state=encoder_state,
     )
-    check_hard_attention(settings.decoder, model.encoder.grids)
     data.check_vectors(model.encoder.grid_of, model.encoder.dim)
     if first is not None:
         load_state(model, {**first.model.state_dict(), **model.encoder.state_dict(prefix="encoder.")})
     return model, encoder
 
 
-def left_last(settings: Settings, state: TrainingState | None, data: CaptionData) -> Checkpoint | None:
+def load_last(settings: Settings, state: TrainingState | None, data: CaptionData) -> Checkpoint | None:
     """The model of a run that goes on, which may neither have other settings now nor read other words and images.
 
     Raises:
@@ -99,20 +96,6 @@ def check_start(settings: Settings, data: CaptionData, first: Checkpoint, encode
             f"init_from={settings.init_from}: its region encoder is {first.region_encoder}; set its fields alike "
             "(--region_encoder.NAME)"
         )
-
-
-def check_hard_attention(decoder: DecoderConfig, grids: Sequence[tuple[int, int]]) -> None:
-    """The looks of hard attention must fit every grid (h, w).
-
-    Raises:
-        ValueError: more glimpses than locations, or a window that is one location.
-    """
-    fewest, across = min(h * w for h, w in grids), min(h for h, _ in grids)
-    if decoder.glimpses > fewest:
-        raise ValueError(f"decoder.glimpses={decoder.glimpses} must not exceed the {fewest} locations")
-    if decoder.window and window_size(decoder.window, across) == 1:
-        window = f"decoder.window={decoder.window}"
-        raise ValueError(f"{window} must take in 3 of the {across} locations across the grid, or be 0")
 
 
 def start_baseline(settings: Settings) -> Baseline | None:
@@ -181,7 +164,7 @@ def fit_encoder(config: EncoderConfig, data: CaptionData) -> EncoderConfig:
         wanted, there = getattr(config, name), getattr(stored, name)
         if wanted is not None and wanted != there and not str(there).startswith(f"{wanted}."):
             raise ValueError(f"encoder.{name}={wanted!r}, but {data.path} stores annotation vectors of {there!r}")
-    unread(config, f"needs pixels; {data.path} stores annotation vectors", ["batch_norm"], prefix="encoder.")
+    refuse_unread(config, f"needs pixels; {data.path} stores annotation vectors", ["batch_norm"], prefix="encoder.")
     weights = PurePath(config.weights or "")
     if weights.suffix in (".pth", ".pt", ".safetensors") and weights.name != PurePath(stored.weights or "").name:
         raise ValueError(f"encoder.weights={config.weights!r}, but {data.path} was made with {stored.weights!r}")

@@ -30,7 +30,8 @@ from captioning.metrics import score
 from captioning.models.attention import is_hard
 from captioning.objective import teacher_forced
 from captioning.optimization import set_learning_rate
-from captioning.run import Run, as_checkpoint, curve, plan, save_last, say, start, training_set
+from captioning.plan import plan
+from captioning.run import Run, as_checkpoint, curve, save_last, say, start, training_set
 from captioning.self_critical import self_critical_sampled
 from captioning.workers import STOPS
 
@@ -59,7 +60,7 @@ def train(settings: Settings) -> Path:
                 say(run, f"no better CIDEr for {run.progress.without_gain} validations: stopping early")
                 break
             train_epoch(run, stop)
-            if (epoch + 1) % settings.validation.every == 0 or run.progress.step >= run.total_steps:
+            if (epoch + 1) % settings.validation.every == 0 or run.progress.step >= run.length.steps:
                 save_last(run)  # whatever happens while captions are searched, the epoch is not lost
                 validate(run)
             run.progress.epoch, run.progress.batch = epoch + 1, 0
@@ -284,7 +285,8 @@ def watch_attention(run: Run, indices: Sequence[int]) -> None:
         for name, value in found.curves().items():
             curve(run, f"attention{at}/{name}", value)
         say(run, f"epoch {run.progress.epoch + 1}{where}: {found.line()}")
-        patience = min(PATIENCE, -(-run.epochs // run.settings.validation.every))  # a run may have fewer validations
+        validations = -(-run.length.epochs // run.settings.validation.every)
+        patience = min(PATIENCE, validations)  # a run may have fewer
         warning = collapse(run.progress.history, hard=found.hard, at=at, patience=patience)
         if warning is not None and found.heads == 1:  # the mean of several sharp heads can be flat
             say(run, f"warning{where}: {warning}")

@@ -41,6 +41,7 @@ class Report:
         area: mean share of the picture that those masks cover; what uniform attention would give.
         hits: share of these words at which the cell that was looked at touches the named things: the sampled or
             likeliest one of hard attention (the mean over several), the most attended one of soft.
+        false: pictures and captions that are not true.
     """
 
     sentences: int
@@ -50,6 +51,7 @@ class Report:
     mass: float | None
     area: float | None
     hits: float | None
+    false: tuple[tuple[str, str], ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -71,12 +73,14 @@ def check(captions: dict[str, SplitCaption], grid: tuple[int, int], instances: d
         mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
         masks.setdefault(annotation["image_id"], []).append(mask)
     parsed = true = 0
+    false: list[tuple[str, str]] = []
     looks: list[tuple[float, float, float]] = []
     for name, caption in captions.items():
         scene: Scene = scene_from_dict(images[name]["scene"])
         statement = parse(caption.text)
         parsed += statement is not None
         if statement is None or not is_true(statement, scene):
+            false.append((name, caption.text))
             continue
         true += 1
         alphas = caption.hypothesis.alphas
@@ -90,7 +94,7 @@ def check(captions: dict[str, SplitCaption], grid: tuple[int, int], instances: d
             hit = float(np.mean([_touches(int(cell), grid, mask) for cell in cells]))
             looks.append((*mass_and_area(alpha, mask), hit))
     mass, area, hits = np.mean(looks, axis=0).tolist() if looks else (None, None, None)
-    return Report(len(captions), parsed, true, len(looks), mass, area, hits)
+    return Report(len(captions), parsed, true, len(looks), mass, area, hits, tuple(false))
 
 
 def mass_and_area(alpha: NDArray[np.floating], mask: NDArray[np.bool_]) -> tuple[float, float]:
@@ -142,7 +146,7 @@ def _report(options: argparse.Namespace) -> int:
         report = check(captions, grid, instances)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{masks}: is not what preprocess shapes writes ({error})") from error
-    for name, text in false_ones(captions, instances)[: options.show]:
+    for name, text in report.false[: options.show]:
         print(f"false: {one_line(name)}: {text}")
     print(f"{report.true} of {report.sentences} sentences are true ({report.true / report.sentences:.1%})")
     if report.ratio is not None:
@@ -151,19 +155,9 @@ def _report(options: argparse.Namespace) -> int:
             f"{report.area:.1%}: {report.ratio:.2f} times; the cell looked at touches them at {report.hits:.1%}"
         )
     asked = {name: getattr(options, name) for name in ("split", "beam_size", "location")}
-    print(json.dumps({**asdict(report), "ratio": report.ratio, **asked}))
+    numbers = {name: value for name, value in asdict(report).items() if name != "false"}
+    print(json.dumps({**numbers, "ratio": report.ratio, **asked}))
     return 0
-
-
-def false_ones(captions: dict[str, SplitCaption], instances: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and captions of the pictures whose caption is not true."""
-    scenes = {image["file_name"]: image["scene"] for image in instances["images"]}
-    found = []
-    for name, caption in captions.items():
-        statement = parse(caption.text)
-        if statement is None or not is_true(statement, scene_from_dict(scenes[name])):
-            found.append((name, caption.text))
-    return found
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from captioning import diagnosis
 from captioning.checkpoint import Checkpoint, load_checkpoint
 from captioning.config import DecoderConfig, HardConfig
 from captioning.data import Batch, CaptionData
-from captioning.diagnosis import attention_gradients, caption_batches, diagnose, likelihood, signal_to_noise
+from captioning.diagnosis import attention_gradients, caption_batches, diagnose, nll_loss, signal_to_noise
 from captioning.diagnostics import gradient_signal_to_noise
 from captioning.findings import Diagnosis
 from captioning.hard_objective import hard_terms, training_look
@@ -273,7 +273,7 @@ def test_a_hard_model_is_judged_by_the_gradient_of_its_bound(checkpoint, data):
     a = batch.images
     parameters = list(model.decoder.attention.parameters())
     torch.manual_seed(3)
-    found = torch.autograd.grad(likelihood(model, a, batch.words), parameters)
+    found = torch.autograd.grad(nll_loss(model, a, batch.words), parameters)
     hard = HardConfig(baseline="leave_one_out", samples=3, lambda_e=0.0, expectation_probability=0.0)
     torch.manual_seed(3)
     with looking(model, training_look(hard)):

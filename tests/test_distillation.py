@@ -19,7 +19,8 @@ from captioning.losses import expected_nll, word_nll
 from captioning.model_config import PLAIN, View
 from captioning.models.captioner import CaptioningModel, build_model
 from captioning.objective import teacher_forced
-from captioning.run import plan, start, training_set
+from captioning.plan import plan
+from captioning.run import start, training_set
 
 FROZEN = EncoderConfig(name="resnet18", layer="layer2", weights=None, image_size=32)
 

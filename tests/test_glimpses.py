@@ -21,6 +21,7 @@ from captioning.decoding import search
 from captioning.diagnosis import diagnose
 from captioning.models.alignment import GeneralAlignment
 from captioning.models.attention import HardAttention, Look, SoftAttention, drawn_in_order, looking
+from captioning.models.captioner import build_model
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
 from captioning.run import start
@@ -183,10 +184,11 @@ def test_the_relaxation_knows_one_glimpse(tiny_data, tmp_path):
         tiny_settings(tiny_data, tmp_path, decoder=with_glimpses(2), hard=hard)
 
 
-def test_more_glimpses_than_locations_are_refused():
-    decoder, (a, words) = decoder_with("attention_lstm", "hard", 6), batch()
-    with pytest.raises(ValueError, match=r"decoder.glimpses=6 must not exceed the 5 locations"):
-        decoder(a, words)
+def test_more_glimpses_than_locations_are_refused_when_a_model_is_built():
+    encoder = dataclasses.replace(TINY["encoder"], scales=(16,))  # 4x4 places, and 2x2
+    build_model(encoder, with_glimpses(4), 9)
+    with pytest.raises(ValueError, match=r"decoder.glimpses=5 must not exceed the 4 locations"):
+        build_model(encoder, with_glimpses(5), 9)
 
 
 def test_training_refuses_more_glimpses_than_locations_before_it_begins(tiny_data, tmp_path):

@@ -78,8 +78,8 @@ def test_the_moving_average_is_the_papers_and_per_word_for_rewards_to_go():
     sentence, to_go = baseline_of("moving_average", "sentence"), baseline_of("moving_average")
     for baseline in (sentence, to_go):
         assert baseline(rewards, states, mask).abs().max() == 0
-        baseline.update(torch.tensor(-20.0), torch.tensor(10.0))
-        baseline.update(torch.tensor(-30.0), torch.tensor(10.0))
+        baseline.observe(*torch.tensor([-40.0, 20.0, 2.0]))
+        baseline.observe(*torch.tensor([-90.0, 30.0, 3.0]))
     b = 0.9 * 0.1 * -20 + 0.1 * -30  # -4.8
     assert sentence(rewards, states, mask).flatten().tolist() == pytest.approx([b] * 6)
     assert to_go(rewards, states, mask).flatten().tolist() == pytest.approx([x * b / 10 for x in (3, 2, 1, 1, 0, 0)])

@@ -31,8 +31,9 @@ from captioning.losses import REWARDS, by_word, word_nll
 from captioning.models.attention import looking
 from captioning.models.decoder import Output
 from captioning.objective import teacher_forced, update_baseline
+from captioning.plan import plan
 from captioning.reward_baselines import Baseline, Learned
-from captioning.run import Run, plan, start
+from captioning.run import Run, start
 from captioning.vocabulary import PAD
 
 HARD = dataclasses.replace(TINY["decoder"], attention="hard")

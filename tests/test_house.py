@@ -70,6 +70,7 @@ ORDER = (
         "ensemble",
         "evaluate",
         "distillation",
+        "plan",
         "start",
         "run",
         "objective",

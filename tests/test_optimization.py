@@ -13,7 +13,8 @@ from captioning.checkpoint import load_checkpoint
 from captioning.config import OptimizerConfig
 from captioning.data import Batch, CaptionDataset, load_batches
 from captioning.optimization import OPTIMIZERS, build_optimizer, moving_average
-from captioning.run import Run, plan, start
+from captioning.plan import plan
+from captioning.run import Run, start
 
 
 def first_batch(run: Run) -> Batch:

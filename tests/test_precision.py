@@ -17,8 +17,9 @@ from captioning.compare import systems
 from captioning.config import Settings
 from captioning.data import CaptionData, CaptionDataset, load_batches
 from captioning.objective import teacher_forced
+from captioning.plan import plan
 from captioning.precision import number_format, slow_choice
-from captioning.run import plan, start, start_accelerator
+from captioning.run import start, start_accelerator
 from preprocess.__main__ import main
 from preprocess.encode import Annotator
 

@@ -24,8 +24,9 @@ from captioning import training
 from captioning.checkpoint import TrainingState, load_checkpoint
 from captioning.config import LossConfig, RegionEncoderConfig, to_dict
 from captioning.data import CaptionData
-from captioning.run import plan, start
-from captioning.start import check_same_run, left_last
+from captioning.plan import plan
+from captioning.run import start
+from captioning.start import check_same_run, load_last
 
 
 @pytest.mark.parametrize("stop_after", range(1, STEPS))
@@ -142,7 +143,7 @@ def test_max_steps_ends_the_run_and_its_schedule(max_steps, batches, tiny_data, 
     settings = tiny_settings(tiny_data, tmp_path / "run", max_steps=max_steps, optimizer=optimizer)
     run = start(settings)
     assert [len(plan(settings, run.data, epoch=epoch)) for epoch in range(2)] == batches
-    assert run.total_steps == sum(batches)
+    assert run.length.steps == sum(batches)
     run.progress.step = 3
     assert run.rate_factor() == pytest.approx(1 - 3 / sum(batches))
 
@@ -267,10 +268,10 @@ def test_a_run_goes_on_with_the_images_and_captions_that_it_began_with(name, who
     state = TrainingState.load(whole_run / "last")
     settings = tiny_settings(data, whole_run, resume=True)
     with pytest.raises(ValueError, match=r"other\.h5 holds other images, splits or captions than the run began with"):
-        left_last(settings, state, CaptionData(data))
-    assert left_last(settings, state, CaptionData(tiny_data)) is not None
+        load_last(settings, state, CaptionData(data))
+    assert load_last(settings, state, CaptionData(tiny_data)) is not None
     del state.progress["data"]  # as older runs were saved
-    assert left_last(settings, state, CaptionData(data)) is not None
+    assert load_last(settings, state, CaptionData(data)) is not None
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows closes no terminals so")

@@ -36,7 +36,8 @@ from captioning.losses import leave_one_out, self_critical
 from captioning.models.captioner import CaptioningModel
 from captioning.models.regions import RegionEncoder
 from captioning.models.registry import build_decoder
-from captioning.run import Run, plan, start
+from captioning.plan import plan
+from captioning.run import Run, start
 from captioning.self_critical import Rollout, reward_of, self_critical_sampled
 from captioning.vocabulary import END, PAD, START
 
@@ -63,7 +64,7 @@ def saved_bits(folder: Path) -> dict[str, Tensor]:
 
 def in_phase(run: Run) -> Run:
     """A run that stands at the first step of its phase."""
-    run.progress.epoch, run.progress.step = run.settings.likelihood_epochs, run.likelihood_steps
+    run.progress.epoch, run.progress.step = run.settings.likelihood_epochs, run.length.likelihood_steps
     run.wrapped.train()
     return run
 

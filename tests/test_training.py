@@ -34,7 +34,8 @@ from captioning.metrics import Scores
 from captioning.models.attention import Look
 from captioning.objective import teacher_forced
 from captioning.optimization import learning_rate_factor
-from captioning.run import plan, start
+from captioning.plan import plan
+from captioning.run import start
 
 
 def test_another_seed_ends_elsewhere(whole_run, tiny_data, tmp_path):

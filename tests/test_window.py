@@ -195,9 +195,12 @@ def test_a_run_with_a_window_starts_from_a_soft_model_and_captions(tiny_data, tm
     assert captioner.caption(photo, max_length=5, location="expected")[0].window == 1
     page = tmp_path / "page.html"
     caption.overlay(photo, page)
-    widths = {float(found) for found in re.findall(r'class="cell".*? width: ([0-9.]+)%', page.read_text())}
-    assert widths <= {50.0, 75.0}
-    assert widths
+    side = photo.shape[1]
+    outlines = re.findall(r'<svg class="looks".*?<path d="([^"]*)"', page.read_text())
+    assert len(outlines) == len(caption.words)
+    for outline in outlines:
+        across = [float(x) for x in re.findall(r"[ML]([0-9.]+) ", outline)]
+        assert (max(across) - min(across)) / side in (0.5, 0.75)  # three of four places, two at the edge
     for alpha, place in zip(caption.alphas.reshape(len(caption.words), -1), caption.locations, strict=True):
         assert place.tolist() == [np.argmax(alpha)]
     print_words(caption, sys.stdout)

@@ -165,6 +165,19 @@ class Look(NamedTuple):
     generator: torch.Generator | None = None
 
 
+def check_looks(glimpses: int, window: float, grids: Sequence[tuple[int, int]]) -> None:
+    """The looks of hard attention must fit every grid (h, w).
+
+    Raises:
+        ValueError: more glimpses than locations, or a window that is one location.
+    """
+    fewest, across = min(h * w for h, w in grids), min(h for h, _ in grids)
+    if glimpses > fewest:
+        raise ValueError(f"decoder.glimpses={glimpses} must not exceed the {fewest} locations")
+    if window and window_size(window, across) == 1:
+        raise ValueError(f"decoder.window={window} must take in 3 of the {across} locations across the grid, or be 0")
+
+
 class HardAttention(ScoredAttention):
     """Stochastic hard attention, Xu et al. (2015), eqs. 8 and 9: s_t ~ Multinoulli(alpha_t), z_t = v_{s_t}.
 
@@ -197,10 +210,8 @@ class HardAttention(ScoredAttention):
         """The memory of N images, each with its coin.
 
         Raises:
-            ValueError: there are fewer locations than glimpses, or they are no square grid to have windows.
+            ValueError: the locations are no square grid to have windows.
         """
-        if a.shape[1] < self.glimpses:
-            raise ValueError(f"decoder.glimpses={self.glimpses} must not exceed the {a.shape[1]} locations")
         memory, look = super().prepare(a), self._look()
         if self.window:
             memory = memory._replace(values=window_means(memory.values, self.window))

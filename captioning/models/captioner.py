@@ -8,6 +8,7 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor, nn
 
 from captioning.config import DecoderConfig, EncoderConfig, RegionEncoderConfig
+from captioning.models.attention import check_looks
 from captioning.models.decoder import Decoder, Output
 from captioning.models.encoder import Encoder, build_encoder
 from captioning.models.regions import RegionEncoder, build_region_encoder
@@ -82,12 +83,15 @@ class CaptioningModel(nn.Module):
         return next(self.decoder.parameters()).dtype
 
 
+NO_REGIONS = RegionEncoderConfig()
+
+
 def build_model(
     encoder: EncoderConfig,
     decoder: DecoderConfig,
     vocabulary_size: int,
     *,
-    region_encoder: RegionEncoderConfig | None = None,
+    region_encoder: RegionEncoderConfig = NO_REGIONS,
     encoder_state: dict[str, Tensor] | None = None,
     max_parameters: int | None = None,
 ) -> tuple[CaptioningModel, EncoderConfig]:
@@ -97,7 +101,7 @@ def build_model(
         encoder: which CNN; its weights come from `encoder_state` if that is given.
         decoder: which language model.
         vocabulary_size: V.
-        region_encoder: what lies between the two; None for the default.
+        region_encoder: what lies between the two; by default nothing.
         encoder_state: weights of the cut network, from a data file or a checkpoint.
         max_parameters: how many parameters there may be beside the encoder's; None sets no limit.
 
@@ -117,13 +121,15 @@ def build_model(
 
 
 def _parts(
-    cnn: Encoder, region_encoder: RegionEncoderConfig | None, decoder: DecoderConfig, vocabulary_size: int
+    cnn: Encoder, region_encoder: RegionEncoderConfig, decoder: DecoderConfig, vocabulary_size: int
 ) -> tuple[RegionEncoder, list[Decoder]]:
     """The region encoder, and a decoder for each of the CNN's scales."""
-    if len(cnn.sides) > 1 and region_encoder is not None and region_encoder.positions != "none":
+    if len(cnn.sides) > 1 and region_encoder.positions != "none":
         raise ValueError(
             f"region_encoder.positions={region_encoder.positions!r} needs a grid of one size: leave encoder.scales out"
         )
-    regions = build_region_encoder(region_encoder or RegionEncoderConfig(), annotation_dim=cnn.dim, grid=cnn.grid)
+    if decoder.attention == "hard":
+        check_looks(decoder.glimpses, decoder.window, cnn.grids)
+    regions = build_region_encoder(region_encoder, annotation_dim=cnn.dim, grid=cnn.grid)
     sizes = {"vocabulary_size": vocabulary_size, "annotation_dim": regions.dim}
     return regions, [build_decoder(decoder, **sizes) for _ in cnn.sides]

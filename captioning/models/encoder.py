@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         self.network = network
         self.grid_of = dict(grids)
         self.sides, self.grids = tuple(grids), tuple(grids.values())
-        self.image_size, self.grid = self.sides[0], self.grids[0]
+        self.grid = self.grids[0]
         self.dim = dim
         self.resample: Resample = resample
         self.batch_norm = batch_norm
