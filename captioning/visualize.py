@@ -167,13 +167,8 @@ def _draw_legend(figure: Figure, scene: Scene, layout: _Layout) -> None:
     axis.get_xticklabels()[-1].set_horizontalalignment("right")
     for spine in axis.spines.values():
         spine.set_visible(False)
-    notes = ["attention ÷ uniform, for all words"]
-    if scene.cropped:
-        notes.append("hatched: not seen by the network")
-    if scene.legend:
-        notes.append(scene.legend)
     left = layout.margin + bar + 0.15
-    for line, note in enumerate(notes):
+    for line, note in enumerate(scene.legend):
         text = figure.text(left / width, (0.51 - 0.145 * line) / height, note, va="top", fontsize=8, color=_MUTED)
         _fit(text, (width - layout.margin - left) * figure.dpi)
 

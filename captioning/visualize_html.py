@@ -130,11 +130,6 @@ def html(
         f"{escape(word)}</label>"
         for index, word in enumerate(scene.words)
     ]
-    key = "Attention in multiples of uniform; one colour scale for all words."
-    if scene.cropped:
-        key += " Hatched: outside the network's view."
-    if scene.legend:
-        key += f" {scene.legend.capitalize()}."
     ticks = (f'<span style="left: {100 * at:.1f}%">{label}</span>' for label, at in legend_ticks(scene.maximum).items())
     return _PAGE.substitute(
         title=escape(title or " ".join(scene.words)),
@@ -145,7 +140,7 @@ def html(
         labels="\n".join(labels),
         colours=", ".join("rgb({} {} {})".format(*colour) for colour in gradient()[:: LEVELS // 16]),
         ticks="".join(ticks),
-        key=key,
+        key=" ".join(f"{note.capitalize()}." for note in scene.legend),
     )
 
 

@@ -82,7 +82,7 @@ class Scene:
         dots: per word the middles of the cells that it took, where it saw more than these cells.
         maximum: the multiple of uniform at the top of the colour scale.
         cropped: whether a part of the photo is hatched.
-        legend: what outlines and dots mean; empty where there are none.
+        legend: what the colours mean, and what else is drawn, a line each.
     """
 
     photo: np.ndarray
@@ -96,10 +96,15 @@ class Scene:
     cropped: bool
 
     @property
-    def legend(self) -> str:
+    def legend(self) -> tuple[str, ...]:
+        notes = ["attention ÷ uniform, for all words"]
+        if self.cropped:
+            notes.append("hatched: not seen by the network")
         if any(self.dots):
-            return "outlined: what hard attention saw; dots: the places that it took"
-        return "outlined: where hard attention looked" if any(self.outlines) else ""
+            notes.append("outlined: what hard attention saw; dots: the places that it took")
+        elif any(self.outlines):
+            notes.append("outlined: where hard attention looked")
+        return tuple(notes)
 
 
 def upsample(alpha: np.ndarray, size: tuple[int, int], *, smooth: bool = True) -> np.ndarray:

@@ -243,11 +243,13 @@ def test_what_was_not_seen_between_windows_has_a_border_of_its_own():
 
 
 def test_the_legend_says_what_outlines_and_dots_are():
-    looks = {"locations": [9]}
-    assert prepare(made_photo(8, 8), ["x"], np.full((1, 4, 4), 1 / 16)).legend == ""
-    plain = prepare(made_photo(8, 8), ["x"], np.full((1, 4, 4), 1 / 16), **looks).legend
-    assert "dots" not in plain
-    figure, _ = overlay(made_photo(8, 8), ["x"], np.full((1, 4, 4), 1 / 16), **looks, window=3)
+    subject = made_photo(8, 8), ["x"], np.full((1, 4, 4), 1 / 16)
+    assert prepare(*subject).legend == ("attention ÷ uniform, for all words",)
+    assert prepare(*subject, box=(0, 0, 8, 4), locations=[9]).legend[1:] == (
+        "hatched: not seen by the network",
+        "outlined: where hard attention looked",
+    )
+    figure, _ = overlay(*subject, locations=[9], window=3)
     assert any("outlined: what hard attention saw; dots" in text.get_text() for text in figure.texts)
 
 
