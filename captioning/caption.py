@@ -7,6 +7,7 @@ Standard output has one line per photo: its path, a tab, the caption.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import glob
 import importlib.util
@@ -202,11 +203,12 @@ def run(options: argparse.Namespace) -> int:
             if options.overlay:
                 failed += not draw_overlay(path, caption, options, taken)
     except BaseException:
-        if results:  # Ctrl-C, a full disk: what was captioned is not lost
-            write_captions(results, options.json)
+        keep_captions(results, options.json)
         raise
-    if options.json:
-        write_captions(results, options.json)
+    if options.json == "-":
+        print_json(results)
+    elif options.json:
+        write_text(Path(options.json), json.dumps(results) + "\n")
     return 2 if failed else 0
 
 
@@ -223,11 +225,17 @@ def print_caption(path: Path, caption: Caption, words: bool, lines: Any) -> bool
     return True
 
 
-def write_captions(results: Sequence[dict[str, Any]], file: str) -> None:
-    """All results as JSON; on standard output as long as somebody reads them."""
-    if file != "-":
-        write_text(Path(file), json.dumps(results) + "\n")
+def keep_captions(results: Sequence[dict[str, Any]], file: str | None) -> None:
+    """After Ctrl-C or a failure: what was to be written to a file is not lost, and an older file stays whole."""
+    if not results or file in (None, "-"):
         return
+    with contextlib.suppress(OSError):  # the failure may have been a full disk, and is what is to be told
+        write_text(Path(f"{file}.partial"), json.dumps(results) + "\n")
+        print(f"caption: {file}.partial has the captions of the first {len(results)} photos", file=sys.stderr)
+
+
+def print_json(results: Sequence[dict[str, Any]]) -> None:
+    """All results on standard output, as long as somebody reads them."""
     try:
         print(json.dumps(results), flush=True)
     except BrokenPipeError:

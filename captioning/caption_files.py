@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from captioning.files import read_text
-
 _TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")
 _RESULTS_LINE = re.compile(r"(.+?)\|\s*\d+\s*\|?(.*)")  # the published Flickr30k file lacks one of its second bars
 _ROW_WITHIN = re.compile(r"\n[^,\n]*\.\w{2,5},")  # a caption may have two lines, but none that begins as rows do
@@ -18,17 +16,17 @@ _WITH_BARS = "image_name|comment_number|comment"
 _THEIR_NAMES = {"image_name": "image", "comment_number": "", "comment": "caption"}
 
 
-def flickr_captions(file: str | Path) -> Iterator[tuple[str, str, str]]:
+def flickr_captions(file: str | Path, text: str) -> Iterator[tuple[str, str, str]]:
     """(file:line, image, caption) of `name#k<TAB>caption`, `name| k| caption` or `image,caption` (also with a number
-    between them): the start says which.
+    between them): the start of the file's text says which.
 
     Raises:
-        ValueError, FileNotFoundError: naming file and line.
+        ValueError: naming file and line.
     """
-    lines = read_text(file).split("\n")
+    lines = text.split("\n")
     header = lines[0].strip().lower().replace(" ", "")
     if header in _WITH_COMMAS:
-        for where, row in csv_rows(file, strict=False):
+        for where, row in csv_rows(file, text, strict=False):
             yield where, row["image"], row["caption"]
         return
     titled = header == _WITH_BARS
@@ -83,9 +81,9 @@ def entries(entry: Any, name: str, where: object) -> list[dict[str, Any]]:
     return values
 
 
-def csv_rows(file: str | Path, *, strict: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def csv_rows(file: str | Path, text: str, *, strict: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, fields) below the header. Unless strict, commas too many belong to the caption, the last field."""
-    reader = csv.reader(io.StringIO(read_text(file)), strict=strict)
+    reader = csv.reader(io.StringIO(text), strict=strict)
     try:
         header = [name.strip() for name in next(reader, [])]
         if not strict:

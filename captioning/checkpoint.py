@@ -110,7 +110,7 @@ def save_checkpoint(
     state = _shared_once(checkpoint.model.state_dict())
     if half:
         state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
-        _check_finite(state, folder / "model.safetensors: as float16")
+        _check_finite(state, "as float16")
     config = {
         "format": FORMAT,
         "encoder": to_dict(checkpoint.encoder),
@@ -225,13 +225,13 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(model.eval(), encoder, decoder, vocabulary, region_encoder, about, search)
 
 
-def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
     """Refuse numbers that are not finite once they are float32."""
     broken = next(
         (name for name, x in tensors.items() if x.is_floating_point() and not x.float().isfinite().all()), None
     )
     if broken is not None:
-        raise ValueError(f"{path}: {broken} holds values that are not finite")
+        raise ValueError(f"{where}: {broken} holds values that are not finite")
 
 
 def load_state(model: CaptioningModel, state: dict[str, Tensor]) -> None:

@@ -191,9 +191,10 @@ def run_system(system: System, *, minutes: float, split: str, search: SearchConf
         try:
             known["asked"]["search"] = to_dict(from_dict(SearchConfig, known["asked"]["search"], f"{result}: search"))
             if known["asked"] == asked:
-                return Row(system.name, str(settings.seed), dict(known["values"]))
+                known["images"], known["tokenisation"], [*known["omitted"]]
+                return Row(system.name, str(settings.seed), {name: known["values"][name] for name in COLUMNS})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{result}: is no result of ours ({error}); delete it") from error
+            raise ValueError(f"{result}: is no result of ours ({error!r}); delete it") from error
     run = Path(settings.output)
     recover_folder(run / "last")
     resume = (run / "last").exists()

@@ -177,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     theirs.add_argument("--results", help="captions in COCO's results format")
     theirs.add_argument(
         "--references",
-        help="COCO captions JSON, Karpathy JSON, Flickr token file, {id: [captions]}, or an HDF5 file of preprocess",
+        help="JSON of COCO, of Karpathy or {id: [captions]}; a token file, results.csv or captions.txt of Flickr8k or "
+        "Flickr30k; or an HDF5 file of preprocess",
     )
     parser.add_argument("--tokenizer", choices=("auto", "ptb", "python"), default="auto")
     parser.add_argument("--spice", action="store_true", help="SPICE too (Java; downloads its models when first used)")

@@ -1,9 +1,9 @@
 """Files and folders that are whole or not there, that one process writes at a time, and their names elsewhere."""
 
 import errno
-import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -33,7 +33,7 @@ def fresh_file(path: Path) -> Iterator[Path]:
         to_disk(partial)
         os.replace(partial, path)
     except OSError as error:
-        if error.filename is None:  # a full disk, which does not say where
+        if error.errno and error.filename is None:  # a full disk, which does not say where
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     finally:
@@ -76,15 +76,21 @@ def parse_json(text: str, where: str | Path) -> Any:
     """
     try:
         return json.loads(text, object_pairs_hook=_each_once)
+    except _RepeatedFieldError as error:
+        raise ValueError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON: {error}") from error
+
+
+class _RepeatedFieldError(ValueError):
+    """A field of a JSON object that comes again."""
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the field {twice[:80]!r} comes twice")
+        raise _RepeatedFieldError(f"the field {twice[:80]!r} comes twice")
     return values
 
 
@@ -164,9 +170,10 @@ def recover_folder(folder: Path) -> None:
 def clear_folder(folder: Path) -> None:
     """Remove what killed processes left half-written of a folder that this one alone writes."""
     folder = Path(os.path.realpath(folder))
-    for left in (*folder.parent.glob(f".{glob.escape(folder.name[:40])}.*.new"), _replaced(folder)):
-        if folder.exists():
-            shutil.rmtree(left, ignore_errors=True)
+    name = re.compile(rf"\.{re.escape(folder.name[:40])}\.[0-9a-f]{{12}}\.new")
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        if name.fullmatch(path.name) or (path == _replaced(folder) and folder.exists()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _replaced(folder: Path) -> Path:

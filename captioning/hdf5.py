@@ -83,11 +83,12 @@ def texts(file: h5py.File, name: str) -> list[str]:
     found: list[str] = []
     size = item.nbytes + 64 * item.size  # in memory; of texts without a fixed length this counts none of their letters
     longest = item.dtype.itemsize if item.dtype.kind == "S" else file.id.get_filesize()  # many can be one and the same
-    rows = min(max(2**30 // max(longest, 1), 16), 1000)
+    rows = min(max(2**30 // max(longest, 1), 100), 1000)
     for start in range(0, len(item), rows):
         _check_size(item, size)
         part = item[start : start + rows]
         size += sum(map(len, part))
+        _check_size(item, size)
         try:
             found += [text.decode() for text in part]
         except UnicodeDecodeError as error:

@@ -67,8 +67,11 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
     text = read_text(path)
     references: dict[str, list[str]] = {}
     if not text.lstrip().startswith(("{", "[")):
-        for _, name, caption in flickr_captions(path):
-            references.setdefault(name, []).append(caption.strip())
+        try:
+            for _, name, caption in flickr_captions(path, text):
+                references.setdefault(name, []).append(caption.strip())
+        except ValueError as error:
+            raise ValueError(f"{error}; or the file must be JSON, or an .h5 file made by preprocess") from error
     else:
         data = parse_object(text, path)
         if "annotations" in data:

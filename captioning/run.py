@@ -161,7 +161,7 @@ def start(settings: Settings) -> Run:
         raise FileExistsError(
             f"output={output} holds a run or a checkpoint already: resume a run with --resume true, or choose another"
         )
-    if (output / "settings.json").exists() and not (output / ".lock").exists():
+    if not settings.resume and (output / "settings.json").exists() and not (output / ".lock").exists():
         raise FileExistsError(f"output={output} holds a settings.json that no run has made: choose another")
     data = CaptionData(settings.data)
     settings, accelerator = start_accelerator(settings)

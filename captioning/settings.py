@@ -48,13 +48,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file and the field.
     """
+    text = read_text(path)
     try:
-        text = read_text(path)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases (*NAME), in which little text can stand for very much")
-        values = yaml.safe_load(text)
+        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        values = None if aliases else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: not YAML: {one_line(error)}") from error
+    if aliases:
+        raise ValueError(f"--config {path}: has aliases (*NAME), in which little text can stand for very much")
     values = values or {}
     check_fields(Settings, values, f"--config {path}")
     return cast(dict[str, Any], values)

@@ -171,7 +171,8 @@ def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:
     accelerator.backward(loss)
     average_gradients(run)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.optimizer.clip_norm or float("inf"))
-    if not torch.isfinite(norm):  # a step would spoil all weights, and saving them what was good
+    own = () if run.baseline is None else (x.grad for x in run.baseline.parameters() if x.grad is not None)
+    if not all(x.isfinite().all() for x in (norm, *own)):  # a step would spoil weights, and saving them what was good
         raise ValueError(f"the gradient is not finite at step {step}: lower optimizer.learning_rate")
     factor = run.rate_factor()
     set_learning_rate(run.optimizer, factor)

@@ -236,7 +236,9 @@ def _read_folder(options: argparse.Namespace) -> list[Record]:
 
 
 def _add_shapes(commands: Any) -> None:
-    command = commands.add_parser("shapes", parents=[_common()], help="a made world of coloured shapes, with masks")
+    command = commands.add_parser(
+        "shapes", parents=[_common()], help="a synthetic world of coloured shapes, with masks"
+    )
     command.add_argument("--count", type=int, required=True, help="number of pictures")
     command.set_defaults(read=lambda o: sources.shapes(o.count, seed=o.seed), image_size=64, min_count=1)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from captioning.checks import at_most
 from captioning.config import EncoderConfig, Precision, to_dict
 from captioning.data import SPLITS
-from captioning.files import write_text
+from captioning.files import read_text, write_text
 from captioning.model_config import MAX_SIDE, Fit
 from captioning.tokenization import tokenize
 from captioning.vocabulary import Vocabulary
@@ -143,7 +143,7 @@ def build(
         settings = dataclasses.replace(settings, precision=annotator.precision)
     workers = _workers(workers, annotator)
     partial = Partial(
-        output.with_name(f"{output.name}.partial"),
+        _partial(output),
         _fingerprint(records, source, settings, annotator),
         shape=annotator.shape if annotator else (settings.image_size, settings.image_size, 3),
         dtype=np.float16 if annotator else np.uint8,
@@ -179,11 +179,19 @@ def build(
 
 def _check_free(output: Path, report: Path, companions: Mapping[Path, object], *, overwrite: bool) -> None:
     """Refuse to replace what is there, unless asked to; and a report of missing images that we did not write."""
-    taken = next((path for path in (output, *companions) if path.exists()), None)
-    if taken is not None and not overwrite:
+    if overwrite:
+        return
+    ours = _partial(output).is_dir()  # a run that was stopped may have written companions already
+    taken = next((path for path in (output, *(() if ours else companions)) if path.exists()), None)
+    if taken is None and report.is_file() and f" images listed for {output.name} " not in read_text(report)[:200]:
+        taken = report
+    if taken is not None:
         raise ValueError(f"--output {output}: {taken} is there already; give --overwrite to replace it")
-    if report.is_file() and not report.read_bytes().startswith(b"# ") and not overwrite:
-        raise ValueError(f"--output {output}: {report} is there already; give --overwrite to replace it")
+
+
+def _partial(output: Path) -> Path:
+    """The folder that a data file is until it is whole."""
+    return output.with_name(f"{output.name}.partial")
 
 
 def _check_room(partial: Partial, images: int, output: Path) -> None:
@@ -241,7 +249,8 @@ def report_path(output: Path) -> Path:
 
 def beside(output: Path, kind: str) -> Path:
     """The name of a file that belongs to a data file."""
-    return output.with_name(f"{output.name.removesuffix('.h5')}.{kind}")
+    stem = output.stem if output.suffix in (".h5", ".hdf5") else output.name
+    return output.with_name(f"{stem}.{kind}")
 
 
 def _sort_out(records: Sequence[Record]) -> tuple[list[Record], list[Dropped]]:

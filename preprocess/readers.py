@@ -37,7 +37,7 @@ def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError, FileNotFoundError: naming file, line and field.
     """
     if file.suffix.lower() == ".csv":
-        yield from csv_rows(file, strict=True)
+        yield from csv_rows(file, read_text(file), strict=True)
     elif file.suffix.lower() in (".jsonl", ".ndjson"):
         for number, line in enumerate(read_text(file).split("\n"), start=1):
             if line.strip():

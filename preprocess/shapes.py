@@ -1,4 +1,4 @@
-"""A made world of coloured shapes: scenes, their pictures and their COCO-style masks.
+"""A synthetic world of coloured shapes: scenes, their pictures and their COCO-style masks.
 
 A picture holds one to three things on a softly tinted ground. Centres lie on a jittered 3x3 lattice, so that places and
 relations are never in doubt: two centres are either at most 0.12 apart along an axis (same row or column) or at least
@@ -205,7 +205,7 @@ def instances(scenes: Iterable[Scene], size: int, *, file_names: Sequence[str] |
             annotations.append(annotation)
     categories = [{"id": number, "name": kind, "supercategory": "shape"} for kind, number in category_ids.items()]
     return {
-        "info": {"description": "A made world of coloured shapes"},
+        "info": {"description": "A synthetic world of coloured shapes"},
         "images": images,
         "annotations": annotations,
         "categories": categories,

@@ -1,4 +1,4 @@
-"""Whether captions of the made world are true of their pictures, and whether attention lies on what is named.
+"""Whether captions of the synthetic world are true of their pictures, and whether attention lies on what is named.
 
 python -m preprocess.shapes_check --checkpoint runs/shapes/best --data shapes.h5 --split val [--location sample]
 """
@@ -131,21 +131,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(options: argparse.Namespace) -> int:
     """Caption, check and print: false sentences, shares, and one line of JSON at last."""
     device, masks = check_device(options.device), beside(options.data, "instances.json")
+    checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
+    check_fits(checkpoint, data)
+    grid = max(checkpoint.model.encoder.grids)  # all scales speak, and are heard on the finest grid
+    side = data.image_shape[0] if data.encoder is None else data.encoder.image_size
+    if side % grid[0]:
+        raise ValueError(f"{options.data}: its {side} pixels are no multiple of the attention's {grid[0]} places")
+    instances = read_json(masks)
+    several = len(checkpoint.encoder.sides) > 1
+    search = SearchConfig(beam_size=options.beam_size, location=options.location, multi_scale=several)
+    indices = data.indices(options.split).tolist()
+    captions = caption_split(checkpoint.model.to(device), data, indices, checkpoint.vocabulary, search)
     try:
-        checkpoint, data = load_checkpoint(checkpoint_folder(options.checkpoint)), CaptionData(options.data)
-        check_fits(checkpoint, data)
-        grid = max(checkpoint.model.encoder.grids)  # all scales speak, and are heard on the finest grid
-        side = data.image_shape[0] if data.encoder is None else data.encoder.image_size
-        if side % grid[0]:
-            raise ValueError(f"{options.data}: its {side} pixels are no multiple of the attention's {grid[0]} places")
-        instances = read_json(masks)
-        several = len(checkpoint.encoder.sides) > 1
-        search = SearchConfig(beam_size=options.beam_size, location=options.location, multi_scale=several)
-        indices = data.indices(options.split).tolist()
-        captions = caption_split(checkpoint.model.to(device), data, indices, checkpoint.vocabulary, search)
         report = check(captions, grid, instances)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{masks}: is not what preprocess shapes writes ({error})") from error
+        raise ValueError(f"{masks}: is not what preprocess shapes writes ({error!r})") from error
     for name, text in report.false[: options.show]:
         print(f"false: {one_line(name)}: {text}")
     print(f"{report.true} of {report.sentences} sentences are true ({report.true / report.sentences:.1%})")

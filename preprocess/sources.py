@@ -15,7 +15,7 @@ from PIL import Image
 
 from captioning.caption_files import field, flickr_captions, karpathy_images, karpathy_name
 from captioning.data import SPLITS
-from captioning.files import read_json
+from captioning.files import read_json, read_text
 from captioning.tokenization import clean_text
 from preprocess.readers import (
     Restval,
@@ -71,7 +71,7 @@ def flickr(captions: Path, images: Path, splits: Path) -> list[Record]:
     """
     split_of = read_splits(splits)
     captions_of: dict[str, list[str]] = {}
-    for where, name, caption in flickr_captions(captions):
+    for where, name, caption in flickr_captions(captions, read_text(captions)):
         captions_of.setdefault(inside(name, where), []).append(caption)
     records = []
     for name, lines in captions_of.items():

@@ -1,6 +1,7 @@
 """From photos and captions to a data file: contents and faults."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,3 +313,20 @@ def test_neither_what_is_read_nor_what_lies_beside_the_output_is_replaced(tmp_pa
     assert "s.v1.instances.json is there already" in capsys.readouterr().err
     assert main([*shapes, str(tmp_path / "s.v2")]) == 0
     assert (tmp_path / "s.v2.instances.json").exists()
+
+
+def test_a_run_that_was_stopped_after_its_companions_goes_on(tmp_path, monkeypatch):
+    words = ["shapes", "--count", "10", "--image-size", "32", "--output", str(tmp_path / "s.h5")]
+    replace = os.replace
+
+    def stopped(source, target):
+        if Path(target).name == "s.h5":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    assert main(words) == 130
+    assert (tmp_path / "s.instances.json").exists()
+    monkeypatch.undo()
+    assert main(words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.h5", "s.instances.json"]

@@ -282,9 +282,13 @@ def test_what_was_captioned_before_an_interruption_is_not_lost(call_caption, pho
         return real(path, caption)
 
     monkeypatch.setattr(command, "as_json", second_stops)
+    (tmp_path / "x.json").write_text("of a run before")
     code, _, err = call_caption(photos / "*.png", "--json", tmp_path / "x.json")
-    assert (code, err) == (130, ["caption: interrupted"])
-    assert [value["image"] for value in json.loads((tmp_path / "x.json").read_text())] == [str(photos / "a.png")]
+    kept = tmp_path / "x.json.partial"
+    said = [f"caption: {kept} has the captions of the first 1 photos", "caption: interrupted"]
+    assert (code, err) == (130, said)
+    assert [value["image"] for value in json.loads(kept.read_text())] == [str(photos / "a.png")]
+    assert (tmp_path / "x.json").read_text() == "of a run before"
 
 
 def test_a_name_that_would_steer_a_terminal_is_written_as_escapes(call_caption, photos, tmp_path):

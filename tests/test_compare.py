@@ -373,3 +373,22 @@ def test_a_step_is_timed_by_the_fastest_round(paths, tiny_annotations, tmp_path,
     monkeypatch.setattr(compare, "train_step", lambda *_: now.append(now[-1] + next(took)))
     monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
     assert compare.seconds_per_step(settings) == 1.5  # the faster of (3 + 5) / 2 and (1 + 2) / 2
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("result.json", {"values": {}}, "is no result of ours"),
+        ("result.json", {"asked": 3}, "is no result of ours"),
+        ("result.json", {"images": None, "omitted": 3}, "is no result of ours"),
+        ("plan.json", {"steps": "5"}, "steps must be a number of at least 1 (got '5'); delete it"),
+    ],
+)
+def test_what_a_comparison_finds_in_its_folder_must_be_its_own(name, change, said, call, tmp_path):
+    assert call(seeds=(0,))[0] == 0
+    path = tmp_path / "out" / "plain" / "seed0" / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    code, lines = call(seeds=(0,))
+    assert code == 2
+    assert f"{name}: {said}" in lines[0]

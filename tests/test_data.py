@@ -304,7 +304,7 @@ def test_a_batch_without_captions_has_words_to_leave_out():
 @pytest.mark.parametrize(
     ("table", "place", "value", "message"),
     [
-        ("caption/words", 3, 99999, r"caption/words: numbers of words must lie in \[0, \d+\)"),
+        ("caption/words", 3, 99999, r"caption/words: numbers of words must lie in \[3, \d+\)"),
         ("caption/words", 0, -1, r"caption/words: numbers of words must lie in"),
         ("image/first_caption", 3, 99999, r"image/first_caption: must be 41 numbers that rise from 0 to 200"),
         ("image/first_caption", 0, 1, r"image/first_caption: must be 41 numbers that rise from 0 to 200"),

@@ -297,3 +297,16 @@ def test_a_closed_terminal_stops_a_run_unless_it_was_told_to_go_on(nohup, tiny_d
         assert len(steps) == (4 if nohup else 2)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_was_copied_without_its_hidden_files_goes_on(tiny_data, tmp_path):
+    train_interrupted(tiny_settings(tiny_data, tmp_path / "run"), 2)
+    (tmp_path / "run" / ".lock").unlink()
+    training.train(tiny_settings(tiny_data, tmp_path / "run", resume=True))
+
+
+def test_settings_that_no_run_has_written_are_not_replaced(tiny_data, tmp_path):
+    (tmp_path / "settings.json").write_text("my editor's")
+    with pytest.raises(FileExistsError, match=r"holds a settings\.json that no run has made"):
+        start(tiny_settings(tiny_data, tmp_path))
+    assert (tmp_path / "settings.json").read_text() == "my editor's"

@@ -1,4 +1,4 @@
-"""The made world: scenes, pictures, masks, and sentences whose truth is checked by hand and by mutation."""
+"""The synthetic world: scenes, pictures, masks, and sentences whose truth is checked by hand and by mutation."""
 
 import json
 import math

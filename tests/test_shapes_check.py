@@ -1,4 +1,4 @@
-"""Whether captions of the made world are checked rightly: truth, the attention's mass, the cell looked at."""
+"""Whether captions of the synthetic world are checked rightly: truth, the attention's mass, the cell looked at."""
 
 import dataclasses
 import json
@@ -120,3 +120,6 @@ def test_the_command_searches_as_asked_and_says_how(tiny_checkpoint, tmp_path, c
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert searches == [SearchConfig(beam_size=2, location="sample")]
     assert (said["sentences"], said["split"], said["beam_size"], said["location"]) == (2, "val", 2, "sample")
+    data.with_suffix(".instances.json").write_text('{"images": 5, "annotations": []}')
+    assert main([*words, "--device", "cpu"]) == 2
+    assert "shapes.instances.json: is not what preprocess shapes writes" in capsys.readouterr().err
