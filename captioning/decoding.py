@@ -12,6 +12,7 @@ from captioning.config import SearchConfig
 from captioning.models.attention import Look, is_hard, looking
 from captioning.models.decoder import Decoder, Step
 from captioning.models.ensemble import EnsembleDecoder
+from captioning.models.layout import laid_out
 from captioning.vocabulary import END, PAD, START, UNK
 
 Vectors = Float[Tensor, "N L D"] | Sequence[Float[Tensor, "N _ _"]]
@@ -95,6 +96,11 @@ def search(
     Raises:
         ValueError: `config.location` for a decoder that has no hard attention.
     """
+    if isinstance(decoder, Decoder):
+        decoder = laid_out(decoder)
+    else:
+        twins = {each: laid_out(each) for each in decoder}  # one with several views comes several times
+        decoder = [twins[each] for each in decoder]
     if isinstance(decoder, Decoder) and config.paths > 1:
         decoder, a = [decoder], [cast(Tensor, a)]
     if not isinstance(decoder, Decoder):

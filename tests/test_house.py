@@ -41,6 +41,7 @@ ORDER = (
     (
         "models.multihead",
         "models.blocks",
+        "models.layout",
         "models.late",
         "models.additive",
         "models.alignment",

@@ -1,10 +1,8 @@
 """A gradient that is made once, after the last step, is the one that every step would have added to."""
 
-import pytest
 import torch
 from torch.nn.functional import linear
 
-from captioning.models import late
 from captioning.models.late import LateLinear
 
 
@@ -53,31 +51,3 @@ def test_under_bf16_the_products_are_bf16_and_the_late_gradient_is_not():
     y.sum().backward()
     assert y.dtype == torch.bfloat16
     assert weight.grad.tolist() == [[4.0] * 3] * 3  # the sum of four rows of ones
-
-
-@pytest.mark.parametrize("packs", [True, False])
-@pytest.mark.parametrize("rows", [1, 32, 70])
-def test_a_large_weight_that_is_laid_out_once_multiplies_as_it_did(rows, packs, monkeypatch):
-    monkeypatch.setattr(late, "_onednn_packs", lambda: packs)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(1024, 512, generator=generator)
-    x = torch.randn(512, rows, generator=generator).t()  # as a slice of a batch it need not be contiguous
-    for w, y in ((weight, x), (weight.t(), torch.randn(rows, 1024, generator=generator))):
-        torch.testing.assert_close(late.fixed_product(w)(y), y @ w.t(), rtol=1e-4, atol=1e-4)
-    offsets = [torch.zeros(rows, 1024, requires_grad=True)]
-    x = x.detach().requires_grad_()
-    y = LateLinear(weight.requires_grad_(), offsets)(x)
-    found = torch.autograd.grad(y.square().sum(), [weight, x])
-    expected = torch.autograd.grad(linear(x, weight).square().sum(), [weight, x])
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
-
-
-def test_where_the_operators_are_not_the_librarys_product_is_taken(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    late._onednn_packs.cache_clear()
-    try:
-        weight = torch.randn(1024, 512)
-        x = torch.randn(3, 512)
-        assert torch.equal(late.fixed_product(weight)(x), linear(x, weight))
-    finally:
-        late._onednn_packs.cache_clear()

@@ -1,45 +1,20 @@
-"""What a recurrence need not do at every step: casts and layouts, before its first, and gradients, after its last."""
+"""What a recurrence need not do at every step: casts, before its first, and gradients, after its last."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from captioning.models.layout import fixed_product
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast once, not once per word, to the type that matrix products have here."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def fixed_product(weight: Float[Tensor, "q p"]) -> Callable[[Float[Tensor, "R p"]], Float[Tensor, "R q"]]:
-    """A function x -> x W' for many x of few rows each, without gradients.
-
-    In fp32 on a CPU a large W is laid out once as oneDNN's kernels read it. F.linear would do that at every step, which
-    takes longer than the product of a few rows. These operators are torch's own, but private (torch.compile uses them):
-    where they are not, and in other types, it is F.linear.
-    """
-    suits = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= _LARGE
-    if not suits or not _onednn_packs():
-        return partial(F.linear, weight=weight)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _FEW_ROWS)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")
-
-
-_LARGE = 2**19
-"""Numbers in a W that it pays to lay out."""
-_FEW_ROWS = 32
-"""What W is laid out for; other numbers of rows can be multiplied as well."""
-
-
-@cache
-def _onednn_packs() -> bool:
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 class _FixedProduct(torch.autograd.Function):
