@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from captioning.config import DecoderConfig, SearchConfig
 from captioning.decoding import search
-from captioning.models import layout
+from captioning.models import late, layout
 from captioning.models.late import LateLinear
 from captioning.models.layout import FixedLinear, fixed_product, laid_out
 from captioning.models.registry import build_decoder
@@ -16,11 +16,12 @@ from captioning.models.registry import build_decoder
 @pytest.mark.parametrize("rows", [1, 32, 70])
 def test_a_large_weight_that_is_laid_out_once_multiplies_as_it_did(rows, packs, monkeypatch):
     monkeypatch.setattr(layout, "_onednn_packs", lambda: packs)
+    monkeypatch.setattr(late, "LARGE", 1)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 512, generator=generator)
     x = torch.randn(512, rows, generator=generator).t()  # as a slice of a batch it need not be contiguous
     for w, y in ((weight, x), (weight.t(), torch.randn(rows, 1024, generator=generator))):
-        torch.testing.assert_close(fixed_product(w)(y), y @ w.t(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fixed_product(w, 1)(y), y @ w.t(), rtol=1e-4, atol=1e-4)
     offsets = [torch.zeros(rows, 1024, requires_grad=True)]
     x = x.detach().requires_grad_()
     y = LateLinear(weight.requires_grad_(), offsets)(x)
@@ -35,7 +36,7 @@ def test_where_the_operators_are_not_the_librarys_product_is_taken(monkeypatch):
     try:
         weight = torch.randn(1024, 512)
         x = torch.randn(3, 512)
-        assert torch.equal(fixed_product(weight)(x), linear(x, weight))
+        assert torch.equal(fixed_product(weight, 1)(x), linear(x, weight))
     finally:
         layout._onednn_packs.cache_clear()
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from captioning.models.layout import fixed_product
 
+LARGE = 2**21
+"""Numbers in a W that it pays to lay out for a step of training: twice, and for more rows than a search has."""
+
 
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast once, not once per word, to the type that matrix products have here."""
@@ -45,7 +48,7 @@ class LateLinear:
         self._inputs: list[Tensor] = []
         self._offsets = _LateGradient.apply(self._inputs, weight, *offsets)
         self._weight = cast_for_autocast(weight.detach())
-        self.product = fixed_product(self._weight)
+        self.product = fixed_product(self._weight, LARGE)
 
     def __call__(self, x: Float[Tensor, "R p"]) -> Float[Tensor, "R q"]:
         """The next step."""
@@ -56,7 +59,7 @@ class LateLinear:
     @cached_property
     def product_back(self) -> Callable[[Float[Tensor, "R q"]], Float[Tensor, "R p"]]:
         """G -> g W."""
-        return fixed_product(self._weight.t())
+        return fixed_product(self._weight.t(), LARGE)
 
 
 class _LateGradient(torch.autograd.Function):

@@ -16,16 +16,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 LARGE = 2**19
-"""Numbers in a W that it pays to lay out."""
+"""Numbers in a W that it pays to lay out for a search."""
 _ROWS = 32
 """What W is laid out for; other numbers of rows can be multiplied as well."""
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def fixed_product(weight: Float[Tensor, "q p"]) -> Callable[[Float[Tensor, "R p"]], Float[Tensor, "R q"]]:
-    """A function x -> x W' for many x, without gradients."""
-    if not _suits(weight):
+def fixed_product(weight: Float[Tensor, "q p"], large: int) -> Callable[[Float[Tensor, "R p"]], Float[Tensor, "R q"]]:
+    """A function x -> x W' for many x, without gradients; W is laid out if it has `large` numbers or more."""
+    if not _suits(weight, large):
         return partial(F.linear, weight=weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")
@@ -38,7 +38,7 @@ class FixedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.product = fixed_product(linear.weight.detach())
+        self.product = fixed_product(linear.weight.detach(), LARGE)
 
     def forward(self, x: Float[Tensor, "*R p"]) -> Float[Tensor, "*R q"]:
         """W x + b."""
@@ -55,7 +55,7 @@ def laid_out(module: M) -> M:
         return module
     if type(module) is nn.Linear:
         linear = cast(nn.Linear, module)
-        return cast(M, FixedLinear(linear)) if _suits(linear.weight) else module
+        return cast(M, FixedLinear(linear)) if _suits(linear.weight, LARGE) else module
     parts = {name: part if part is None else laid_out(part) for name, part in module._modules.items()}
     if all(part is module._modules[name] for name, part in parts.items()):
         return module
@@ -64,8 +64,8 @@ def laid_out(module: M) -> M:
     return twin
 
 
-def _suits(weight: Tensor) -> bool:
-    right = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= LARGE
+def _suits(weight: Tensor, large: int) -> bool:
+    right = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= large
     return right and _onednn_packs()
 
 
