@@ -187,14 +187,9 @@ def run_system(system: System, *, minutes: float, split: str, search: SearchConf
     settings = within_budget(system, minutes)
     asked = {"split": split, "search": to_dict(search), "limit": limit}
     if result.is_file():
-        known = read_json(result)
-        try:
-            known["asked"]["search"] = to_dict(from_dict(SearchConfig, known["asked"]["search"], f"{result}: search"))
-            if known["asked"] == asked:
-                known["images"], known["tokenisation"], [*known["omitted"]]
-                return Row(system.name, str(settings.seed), {name: known["values"][name] for name in COLUMNS})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{result}: is no result of ours ({error!r}); delete it") from error
+        known = read_result(result)
+        if known["asked"] == asked:
+            return Row(system.name, str(settings.seed), known["values"])
     run = Path(settings.output)
     recover_folder(run / "last")
     resume = (run / "last").exists()
@@ -216,6 +211,22 @@ def run_system(system: System, *, minutes: float, split: str, search: SearchConf
     about = {"tokenisation": scores.tokenisation, "images": scores.images, "omitted": list(scores.omitted)}
     write_json(result, {"asked": asked, "values": values, **about, "attention": attention.as_dict()})
     return Row(system.name, str(settings.seed), values)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `run_system` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    known = read_json(path)
+    types = {"asked": dict, "values": dict, "images": int, "tokenisation": str, "omitted": list}
+    ours = all(isinstance(known.get(name), kind) for name, kind in types.items())
+    if not ours or not set(COLUMNS) <= known["values"].keys():
+        raise ValueError(f"{path}: is no result of ours; delete it")
+    asked = known["asked"]
+    asked["search"] = to_dict(from_dict(SearchConfig, asked.get("search"), f"{path}: search"))
+    return known
 
 
 def draw_look(system: System, picture: str, search: SearchConfig) -> str:
@@ -350,7 +361,7 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], command: str)
         rows.append(run_system(system, search=search, **limits))
         if options.picture:
             print(f"{options.picture}\t{draw_look(system, options.picture, search)}", flush=True)
-        known = read_json(system.folder / "result.json")
+        known = read_result(system.folder / "result.json")
         conditions = [
             f"{known['images']} images of {options.split}, beam {search.beam_size}, {options.budget:g} minutes of "
             f"training each; tokenisation: {known['tokenisation']}.",

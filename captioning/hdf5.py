@@ -59,11 +59,13 @@ def own_tensors(file: h5py.File, name: str) -> dict[str, np.ndarray]:
     items = {inner: own_dataset(file, f"{name}/{inner}") for inner in names}
     if sum(item.nbytes for item in items.values()) > MOST_BYTES:
         raise ValueError(f"{file.filename}: {name}: must be at most {MOST_BYTES:,} bytes")
-    values = {inner: item[()] if item.dtype.kind in "iufb" else np.nan for inner, item in items.items()}
-    for inner, value in values.items():
-        if not np.isfinite(value).all():
+    values: dict[str, np.ndarray] = {}
+    for inner, item in items.items():
+        if item.dtype.kind in "iufb":
+            values[inner] = np.asarray(item[()])
+        if inner not in values or not np.isfinite(values[inner]).all():
             raise ValueError(f"{file.filename}: {name}/{inner}: must be finite numbers")
-    return {inner: np.asarray(value) for inner, value in values.items()}
+    return values
 
 
 def whole_numbers(file: h5py.File, name: str) -> np.ndarray:
@@ -84,8 +86,8 @@ def texts(file: h5py.File, name: str) -> list[str]:
     size = item.nbytes + 64 * item.size  # in memory; of texts without a fixed length this counts none of their letters
     longest = item.dtype.itemsize if item.dtype.kind == "S" else file.id.get_filesize()  # many can be one and the same
     rows = min(max(2**30 // max(longest, 1), 100), 1000)
+    _check_size(item, size)
     for start in range(0, len(item), rows):
-        _check_size(item, size)
         part = item[start : start + rows]
         size += sum(map(len, part))
         _check_size(item, size)
@@ -111,17 +113,22 @@ def check_images(item: h5py.Dataset, types: tuple[str, ...], shape: tuple[int, .
 def json_attribute(owner: h5py.Dataset | h5py.Group, name: str) -> dict[str, Any]:
     """An attribute that holds a JSON object."""
     where = f"{_name(owner)}: {name}"
-    value = owner.attrs[name] if name in owner.attrs and owner.attrs.get_id(name).shape == () else None
+    value = _attribute(owner, name, ())
     if not isinstance(value, str):
         raise ValueError(f"{where}: must be an attribute with a JSON object")
     return parse_object(value, where)
 
 
+def _attribute(owner: h5py.Dataset | h5py.Group, name: str, shape: tuple[int, ...]) -> Any:
+    """An attribute of that shape, which is known before it is read; None if there is none."""
+    fits = name in owner.attrs and owner.attrs.get_id(name).shape == shape
+    return owner.attrs[name] if fits else None
+
+
 def grid_attribute(item: h5py.Dataset) -> tuple[int, int]:
     """The attribute `grid` of annotation vectors: rows and columns."""
-    stored = "grid" in item.attrs and item.attrs.get_id("grid")
-    value = np.asarray(item.attrs["grid"] if stored and stored.shape == (2,) and stored.dtype.kind in "iu" else ())
-    if value.shape != (2,) or value.dtype.kind not in "iu" or (value < 1).any():
+    value = np.asarray(_attribute(item, "grid", (2,)))
+    if value.dtype.kind not in "iu" or (value < 1).any():
         raise ValueError(f"{_name(item)}: its attribute grid must be two positive numbers")
     return int(value[0]), int(value[1])
 

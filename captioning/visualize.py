@@ -135,8 +135,9 @@ def _draw_tile(axis: Axes, picture: np.ndarray, word: str, note: str) -> None:
 
 
 def _draw_looks(axis: Axes, outline: Sequence[Line], dots: Sequence[Point]) -> None:
-    segments = [((line.left, line.top), (line.right, line.bottom)) for line in outline]
-    axis.add_collection(LineCollection(segments, colors=_ACCENT, linewidths=1.4, capstyle="projecting"), autolim=False)
+    axis.add_collection(
+        LineCollection(list(outline), colors=_ACCENT, linewidths=1.4, capstyle="projecting"), autolim=False
+    )
     if dots:
         x, y = [dot.x for dot in dots], [dot.y for dot in dots]
         axis.scatter(x, y, s=11, color=_ACCENT, edgecolors=_INK, linewidths=0.6, zorder=3)
@@ -192,18 +193,17 @@ def animation(
     sentence = _Sentence(scene.words, max(240, scene.photo.shape[1]))
     frames = [sentence.frame(scene.photo, 0, "")]
     for index, indices in enumerate(scene.maps):
-        picture = _looks_drawn(blend(scene.photo, indices), scene.outlines[index], scene.dots[index])
+        picture = _with_looks(blend(scene.photo, indices), scene.outlines[index], scene.dots[index])
         frames.append(sentence.frame(picture, index + 1, scene.notes[index]))
     return frames
 
 
-def _looks_drawn(picture: np.ndarray, outline: Sequence[Line], dots: Sequence[Point]) -> np.ndarray:
+def _with_looks(picture: np.ndarray, outline: Sequence[Line], dots: Sequence[Point]) -> np.ndarray:
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     right, bottom = image.width - 1, image.height - 1
     for line in outline:  # the last column and row belong to the photo, its far edges do not
-        ends = (min(line.left, right), min(line.top, bottom), min(line.right, right), min(line.bottom, bottom))
-        draw.line(ends, fill=_ACCENT, width=2)
+        draw.line([(min(x, right), min(y, bottom)) for x, y in line], fill=_ACCENT, width=2)
     for x, y in dots:
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_ACCENT, outline=_INK)
     return np.asarray(image)

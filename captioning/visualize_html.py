@@ -166,9 +166,9 @@ def _looks(scene: Scene, index: int) -> str:
     if not scene.outlines[index]:
         return ""
     height, width = scene.photo.shape[:2]
-    border = "".join(f"M{x:.2f} {y:.2f}L{right:.2f} {bottom:.2f}" for x, y, right, bottom in scene.outlines[index])
+    lines = (f"M{start.x:.2f} {start.y:.2f}L{stop.x:.2f} {stop.y:.2f}" for start, stop in scene.outlines[index])
     dots = "".join(f"M{x:.2f} {y:.2f}h0" for x, y in scene.dots[index])
-    paths = f'<path d="{border}"/>' + (f'<path class="dots" d="{dots}"/>' if dots else "")
+    paths = f'<path d="{"".join(lines)}"/>' + (f'<path class="dots" d="{dots}"/>' if dots else "")
     size = f'viewBox="0 0 {width} {height}" preserveAspectRatio="none"'
     return f'<svg class="looks" data-word="{index}" {size} aria-hidden="true">{paths}</svg>'
 

@@ -42,20 +42,18 @@ class Rect(NamedTuple):
     bottom: float
 
 
-class Line(NamedTuple):
-    """A straight line on the photo, upright or level: its ends in pixels, as floats."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-
 class Point(NamedTuple):
     """A point of the photo, in pixels from its left upper corner, as floats."""
 
     x: float
     y: float
+
+
+class Line(NamedTuple):
+    """A straight line on the photo, upright or level."""
+
+    start: Point
+    stop: Point
 
 
 class Looked(TypedDict, total=False):
@@ -286,9 +284,9 @@ def _outline(seen: np.ndarray, box: Rect) -> tuple[Line, ...]:
     rows, columns = np.linspace(box.top, box.bottom, len(seen) + 1), np.linspace(box.left, box.right, seen.shape[1] + 1)
     level = _runs(np.diff(np.pad(seen, ((1, 1), (0, 0))), axis=0))
     upright = _runs(np.diff(np.pad(seen, ((0, 0), (1, 1))), axis=1).T)
-    lines = [(columns[start], rows[row], columns[stop], rows[row]) for row, start, stop in level]
-    lines += [(columns[column], rows[start], columns[column], rows[stop]) for column, start, stop in upright]
-    return tuple(Line(*map(float, line)) for line in lines)
+    ends = [((start, row), (stop, row)) for row, start, stop in level]
+    ends += [((column, start), (column, stop)) for column, start, stop in upright]
+    return tuple(Line(*(Point(float(columns[x]), float(rows[y])) for x, y in line)) for line in ends)
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int, int]]:
