@@ -48,6 +48,25 @@ def test_the_gradient_of_additive_scores_is_the_derivative():
     )
 
 
+def test_keys_gather_the_gradients_of_all_steps_and_of_one_backward_pass_alone():
+    module, query, a = example()
+    query.requires_grad_()
+    keys = module.keys(a).detach().requires_grad_()
+    corners = [(3, 2), (3, 1), (1, 2)]  # images and captions leave
+    weights = [torch.randn(n, k, 5).double() for n, k in corners]
+
+    def total(parts: list) -> torch.Tensor:
+        scores = [module(query[:n, :k], part) for (n, k), part in zip(corners, parts, strict=True)]
+        return sum((w * x).sum() for w, x in zip(weights, scores, strict=True))
+
+    leaves = [keys, module.v.weight]
+    expected = torch.autograd.grad(total([keys[:n] for n, _ in corners]), leaves)
+    late = total(module.by_step(keys, corners))
+    torch.autograd.grad(late, query, retain_graph=True)  # a part of the graph only
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(late, leaves, retain_graph=True), expected)
+
+
 def test_the_scores_are_summed_up_without_autocast(monkeypatch):
     # A GPU's autocast would take torch.mv in bf16, a CPU's does not: the result here could not tell.
     module, query, a = (x.float() for x in example())

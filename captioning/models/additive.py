@@ -2,14 +2,14 @@
 
 With u = 1 / (1 + exp(2x) exp(2y)), tanh(x + y) is 1 - 2u and its derivative 4u(1 - u): a product and a reciprocal where
 tanh costs ten times as much. u, of size N K L k, is made in blocks that stay in the processor's cache, and made again
-on the way back instead of being kept.
+on the way back instead of being kept. The gradients of the keys and of v are summed there in place, over all steps of a
+recurrence.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,43 +25,66 @@ def exp2x(x: Tensor) -> Tensor:
     return torch.exp(2 * x.to(torch.promote_types(x.dtype, torch.float32)).clamp(-30, 30))
 
 
+class _Sums:
+    """What all steps of a recurrence add to the gradients of the keys and of v in one backward pass."""
+
+    def __init__(self, keys: Float[Tensor, "N L k"], v: Float[Tensor, " k"]):
+        self.keys, self.v = keys.detach(), v.detach()
+        self._pass: int | None = None
+
+    def open(self) -> "_Sums":
+        """Begin with zeros in a new backward pass: one over a part of the graph leaves its sums behind."""
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            self._pass = current
+            self.g, self.gu = self.v.new_zeros(()), torch.zeros_like(self.v)
+            self.slopes = torch.zeros_like(self.keys)
+        return self
+
+    def close(self) -> tuple[Float[Tensor, "N L k"], Float[Tensor, " k"]]:
+        """The gradients: d u / d exp(2x) is -u (1 - u) / exp(2x)."""
+        keys = self.open().slopes.mul_(2 * self.v).div_(self.keys)
+        self._pass = None
+        del self.slopes
+        return keys, self.g - 2 * self.gu
+
+
 class LateKeys(NamedTuple):
-    """The keys of one step of a recurrence: their gradient, and v's, are made once, after the last step's.
+    """The keys of one step of a recurrence: their gradient, and v's, are ready after the last step's.
 
     Args:
-        keys: of the images that still go on, without a gradient.
-        offset: zeros that bring the scores' gradient to where the keys' is made.
-        queries: of all steps up to now; each adds its own.
+        n: how many images still go on.
+        sums: of all steps.
+        last: zero; what must be done on the way back before the sums are complete depends on it.
     """
 
-    keys: Float[Tensor, "n L k"]
-    offset: Float[Tensor, "n K L"]
-    queries: list[Tensor]
+    n: int
+    sums: _Sums
+    last: Float[Tensor, ""]
 
 
 def additive_scores(
     query: Float[Tensor, "N K k"], keys: Tensor | LateKeys, v: Float[Tensor, " k"]
 ) -> Float[Tensor, "N K L"]:
     """sum_j v_j tanh(x_j + y_j) from `exp2x` of queries y and keys x."""
-    if isinstance(keys, LateKeys):
-        keys.queries.append(query.detach())
-        return _Scores.apply(query, keys.keys, v.detach()) + keys.offset
-    return _Scores.apply(query, keys, v)
+    if isinstance(keys, Tensor):
+        (keys,) = late_keys(keys, v, [query.shape[:2]])
+    return _Scores.apply(query, keys.last, keys.n, keys.sums)
 
 
-def late_keys(
-    keys: Float[Tensor, "N L k"], v: Float[Tensor, " k"], corners: Sequence[tuple[int, int]]
-) -> list[LateKeys]:
+def late_keys(keys: Float[Tensor, "N L k"], v: Float[Tensor, " k"], corners: Sequence[Sequence[int]]) -> list[LateKeys]:
     """The keys for each step of a recurrence that has queries for the first (images, captions) of `corners`."""
-    queries: list[Tensor] = []
-    offsets = _LateGradient.apply(queries, corners, keys, v)
-    return [LateKeys(keys.detach()[:n], x, queries) for (n, _), x in zip(corners, offsets, strict=True)]
+    sums = _Sums(keys, v)
+    last = _Last.apply(sums, keys, v)
+    return [LateKeys(n, sums, last) for n, _ in corners]
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(query, keys, v)
+    def forward(ctx: Any, query: Tensor, last: Tensor, n: int, sums: _Sums) -> Tensor:
+        ctx.save_for_backward(query)
+        ctx.n, ctx.sums = n, sums
+        keys, v = sums.keys[:n], sums.v
         scores = keys.new_empty(*query.shape[:2], keys.shape[1])
         with torch.autocast(keys.device.type, enabled=False):  # on GPUs it would make the sums in bf16
             for images, rows in _blocks(query, keys):
@@ -70,59 +93,39 @@ class _Scores(torch.autograd.Function):
         return scores.mul_(-2).add_(v.sum())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        (query, keys, v), g = ctx.saved_tensors, grads[0]
-        grad_query, grad_keys, grad_v = torch.empty_like(query), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (query,), g, late = ctx.saved_tensors, grads[0], ctx.needs_input_grad[1]
+        sums = ctx.sums.open() if late else ctx.sums
+        keys, grad_query = sums.keys[: ctx.n], torch.empty_like(query)
         for images, rows in _blocks(query, keys):
-            slope = _slope(_u(query[images, rows], keys[images]))
-            grad_query[images, rows] = torch.matmul(g[images, rows].unsqueeze(2), slope).squeeze(2)
-        if any(ctx.needs_input_grad[1:]):
-            grad_keys, grad_v = _of_keys_and_v(query, keys, v, g)
-        return grad_query * 2 * v / query, grad_keys, grad_v  # 4 v for y, and d y / d exp(2y) = 1 / (2 exp(2y))
+            u, part = _u(query[images, rows], keys[images]), g[images, rows]
+            if late:
+                sums.gu.addmv_(u.flatten(0, -2).t(), part.flatten())
+            slope = torch.ops.aten.sigmoid_backward.grad_input(part.unsqueeze(-1), u, grad_input=u)  # g u (1 - u)
+            grad_query[images, rows] = slope.sum(dim=2)
+            if late:
+                sums.slopes[: ctx.n][images] += slope.sum(dim=1) if slope.shape[1] > 1 else slope.squeeze(1)
+        if late:
+            sums.g += g.sum()
+        return grad_query * 2 * sums.v / query, query.new_zeros(()) if late else None, None, None
 
 
-class _LateGradient(torch.autograd.Function):
-    """Zeros in the form of every step's scores, whose gradients give those of the keys and v."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: list[Tensor], corners: Sequence[tuple[int, int]], keys: Tensor, v: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(keys, v)
-        ctx.queries = queries
-        return tuple(keys.new_zeros(()).expand(n, k, keys.shape[1]) for n, k in corners)
+class _Last(torch.autograd.Function):
+    """Zero. On the way back it comes after all steps, and gives their sums."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor]:
-        keys, v = ctx.saved_tensors
-        query, g = (  # zero where an image has ended, so that it adds nothing
-            torch.cat([F.pad(x, (0, 0, 0, 0, 0, len(keys) - len(x))) for x in steps], dim=1)
-            for steps in (ctx.queries, grads)
-        )
-        return None, None, *_of_keys_and_v(query, keys, v, g)
+    def forward(ctx: Any, sums: _Sums, keys: Tensor, v: Tensor) -> Tensor:
+        ctx.sums = sums
+        return keys.new_zeros(())
 
-
-def _of_keys_and_v(
-    query: Float[Tensor, "N K k"], keys: Float[Tensor, "N L k"], v: Float[Tensor, " k"], g: Float[Tensor, "N K L"]
-) -> tuple[Float[Tensor, "N L k"], Float[Tensor, " k"]]:
-    """The gradients of keys and v, given that of the scores, g."""
-    grad_keys, u_sum = torch.zeros_like(keys), torch.zeros_like(v)
-    for images, rows in _blocks(query, keys):
-        part = g[images, rows]
-        u = _u(query[images, rows], keys[images])
-        u_sum.addmv_(u.flatten(0, -2).t(), part.flatten())
-        grad_keys[images] += _slope(u).mul_(part.unsqueeze(-1)).sum(dim=1)
-    return grad_keys.mul_(2 * v).div_(keys), g.sum() - 2 * u_sum
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+        return None, *ctx.sums.close()
 
 
 def _u(query: Float[Tensor, "N K k"], keys: Float[Tensor, "N L k"]) -> Float[Tensor, "N K L k"]:
     product = torch.addcmul(keys.new_ones(()), query.unsqueeze(2), keys.unsqueeze(1))
     return product.reciprocal_()
-
-
-def _slope(u: Tensor) -> Tensor:
-    """In place: u (1 - u)."""
-    return torch.addcmul(u, u, u, value=-1, out=u)
 
 
 def _blocks(query: Float[Tensor, "N K k"], keys: Float[Tensor, "N L k"]) -> Iterator[tuple[slice, slice]]:

@@ -1,6 +1,7 @@
 """The Decoder contract, and the paper's attention LSTM: Xu et al. (2015), eqs. 1-3 and 7."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -209,10 +210,9 @@ class AttentionLSTM(AttendingLSTM):
         mask = targets != PAD
         n, k = mask.shape[:2]
         memory = self.prepare(a)
-        embedded = self.embedding_dropout(self.E(inputs))
         state = self.initial_state(memory, k)
         project = self._projects(memory, mask)
-        word_gates, word_query = self._read(inputs, embedded)  # for all steps at once
+        embedded, word_gates, word_query = self._read(inputs)  # for all steps at once
         weight = self.lstm_state.weight
         if project:
             weight, memory = self._project(memory)
@@ -279,16 +279,21 @@ class AttentionLSTM(AttendingLSTM):
         return w_h, memory._replace(values=values.to(self.E.weight.dtype))  # many gradients are summed: not in bf16
 
     def _read(
-        self, words: Integer[Tensor, "N K T"], embedded: Float[Tensor, "N K T m"]
-    ) -> tuple[Float[Tensor, "N K T g"], Float[Tensor, "N K T n"] | None]:
-        """The words' half of eq. 1 and of the query: once per different word, unless dropout makes all different."""
+        self, words: Integer[Tensor, "N K T"]
+    ) -> tuple[Float[Tensor, "N K T m"], Float[Tensor, "N K T g"], Float[Tensor, "N K T n"] | None]:
+        """E y, and the words' half of eq. 1 and of the query: once per different word, unless dropout makes all differ.
+
+        E is asked once, since each time costs a gradient of its size.
+        """
         if self.training and self.embedding_dropout.p:
-            return self.lstm_word(embedded), self._word_query(embedded)
+            embedded = self.embedding_dropout(self.E(words))
+            return embedded, self.lstm_word(embedded), self._word_query(embedded)
         different, places = words.unique(return_inverse=True)
         kinds = self.E(different)
         gates, query = self.lstm_word(kinds), self._word_query(kinds)
         dtype = self.E.weight.dtype  # the gradients of a word's many places are summed: not in bf16
-        return F.embedding(places, gates.to(dtype)), None if query is None else F.embedding(places, query.to(dtype))
+        spread = partial(F.embedding, places)
+        return spread(kinds), spread(gates.to(dtype)), None if query is None else spread(query.to(dtype))
 
     def _deep_output(
         self, h: Float[Tensor, "W n"], seen: Float[Tensor, "W m"], embedded: Float[Tensor, "W m"]
