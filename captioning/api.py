@@ -1,12 +1,14 @@
 """The public API: a trained captioner, from image files to sentences and where each word looked."""
 
 import dataclasses
+import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ from captioning.config import LOCATIONS, SearchConfig
 from captioning.decoding import Hypothesis
 from captioning.devices import check_device
 from captioning.files import fresh_file
-from captioning.images import Box, open_image, to_array, to_rgb, to_square, visible_box
-from captioning.model_config import Resample, View
+from captioning.images import Box, batches, read_image, to_array, to_square, visible_box, whole_image
+from captioning.model_config import Fit, Resample, View
 from captioning.models.attention import window_size
 from captioning.models.captioner import CaptioningModel
 from captioning.models.multihead import show_head
@@ -28,7 +30,7 @@ from captioning.vocabulary import END
 from captioning.voices import Ensemble, caption_images, load_ensemble
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # an array equals another in no single way
 class Caption:
     """A sentence, with what the model thought and where it looked at each of its T words (the end word is left out).
 
@@ -44,6 +46,7 @@ class Caption:
             the mean context.
         window: how many cells across each look took in, its location in their middle; 1 in the paper. Where several
             models look, or grids of several sizes are looked at, the widest model's on the finest grid.
+        size: the photo's width and height, upright.
         box: the part of the photo, in its pixels, that the grid covers.
         finished: the model ended the sentence itself; otherwise it was cut at `max_length`.
         score: what alternatives are ranked by.
@@ -57,6 +60,7 @@ class Caption:
     betas: np.ndarray | None
     locations: np.ndarray | None
     window: int
+    size: tuple[int, int]
     box: Box
     finished: bool
     score: float
@@ -71,8 +75,10 @@ class Caption:
                 at. It is written whole or not at all.
 
         Raises:
-            ValueError: the caption has no alphas, or no words; or `file` ends otherwise.
+            ValueError: the caption has no alphas, or no words; `file` ends otherwise; or the photo has another size
+                than the one that was captioned.
             FileNotFoundError: there is no such photo.
+            ModuleNotFoundError: .png and .gif are drawn by matplotlib, which is not there.
         """
         file = Path(file)
         if file.suffix not in OVERLAYS:
@@ -81,10 +87,26 @@ class Caption:
             raise ValueError("this caption has no attention to draw: its model attends to nothing")
         if not self.words:
             raise ValueError("this caption has no words to draw")
-        seen = (to_array(_read(image)), self.words, self.alphas)
+        photo = _read(image)
+        if photo.size != self.size:
+            raise ValueError(f"the photo has {_pixels(photo.size)} pixels, the captioned one had {_pixels(self.size)}")
+        seen = (to_array(photo), self.words, self.alphas)
         looked = {name: getattr(self, name) for name in ("box", "betas", "log_probs", "locations", "window")}
         with fresh_file(file) as partial:
             OVERLAYS[file.suffix](partial, self.text, *seen, **looked)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it: lists for arrays, weights and gates rounded to five digits."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("alphas", "betas"):
+            values[name] = None if values[name] is None else values[name].astype(float).round(5).tolist()
+        values["locations"] = None if self.locations is None else self.locations.tolist()
+        lists = {name: list(values[name]) for name in ("words", "log_probs", "size")}
+        return {**values, **lists, "box": self.box._asdict(), "alternatives": [c.as_dict() for c in self.alternatives]}
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _tiles(file: Path, title: str, *seen: Any, **looked: Any) -> None:
@@ -108,11 +130,12 @@ def _page(file: Path, title: str, *seen: Any, **looked: Any) -> None:
 OVERLAYS: dict[str, Callable[..., None]] = {".png": _tiles, ".gif": _animation, ".html": _page}
 """What `Caption.overlay` draws, by the ending of its file."""
 
-ImageLike = str | Path | Image.Image | np.ndarray
+ImageLike = str | Path | bytes | io.IOBase | Image.Image | np.ndarray
+"""A file, what is in one, one that is open, a Pillow image, or an array: uint8, RGB, HWC, 0-255."""
 
 
 class Captioner:
-    """A trained captioner. Make one with `load_captioner`.
+    """A trained captioner. Make one with `load_captioner`. Threads may share it: their searches take turns.
 
     Args:
         checkpoint: the model with its vocabulary and configs; or several, which speak with one voice.
@@ -128,6 +151,7 @@ class Captioner:
     ):
         self.ensemble = Ensemble.of(checkpoint)
         self.device = check_device(device)
+        self._turn = threading.Lock()  # hard attention is told where to look
         show_head(torch.nn.ModuleList(part for model in self.ensemble.models for part in model.decoders), head)
         for model in self.ensemble.models:
             model.to(self.device).eval()
@@ -139,7 +163,7 @@ class Captioner:
 
     def caption(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: ImageLike | Iterable[ImageLike],
         *,
         batch_size: int = 16,
         seed: int = 0,
@@ -148,7 +172,8 @@ class Captioner:
         """Caption images.
 
         Args:
-            images: image files, Pillow images or arrays (uint8, RGB, HWC, 0-255); one or several.
+            images: image files, their bytes, open files, Pillow images or arrays (uint8, RGB, HWC, 0-255); one or
+                several.
             batch_size: images at once.
             seed: of sampled words (`sample=True`) and sampled locations (`location="sample"`).
             options: fields of `SearchConfig`: beam_size=5, num_captions=1, max_length=30, sample=True,
@@ -159,21 +184,35 @@ class Captioner:
             One Caption per image, in order; further ones of an image in its `alternatives`.
 
         Raises:
-            FileNotFoundError, ValueError: an image cannot be read, or an option is wrong.
+            FileNotFoundError, ValueError: an image cannot be read, or an option is wrong. Of several images the error
+                says which it was, unless its file's name does.
         """
-        several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-        return list(self.stream(several, batch_size=batch_size, seed=seed, **options))
+        return list(self.stream(images, batch_size=batch_size, seed=seed, **options))
 
     def stream(
-        self, images: Sequence[ImageLike], *, batch_size: int = 16, seed: int = 0, **options: int | float | bool | str
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        batch_size: int = 16,
+        seed: int = 0,
+        **options: int | float | bool | str,
     ) -> Iterator[Caption]:
         """As `caption`, but yielding each batch when it is done: for more images than memory holds."""
+        _of_kinds({"batch_size": batch_size, "seed": seed}, {"batch_size": 16, "seed": 0})
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1 (got {seed})")
         config = search_config(self.ensemble.search, **options)
+        return self._batches(_several(images), batch_size, seed, config)
+
+    def _batches(
+        self, images: Iterable[ImageLike], batch_size: int, seed: int, config: SearchConfig
+    ) -> Iterator[Caption]:
         generator = torch.Generator(self.device).manual_seed(seed)
-        for start in range(0, len(images), batch_size):
-            yield from self._batch([_read(image) for image in images[start : start + batch_size]], config, generator)
+        photos = (_read(image, f"image {i}") for i, image in enumerate(images))
+        for batch in batches(photos, batch_size, lambda photo: math.prod(photo.size)):
+            yield from self._batch(batch, config, generator)
 
     def _batch(self, photos: list[Image.Image], config: SearchConfig, generator: torch.Generator) -> list[Caption]:
         fit = self.ensemble.members[0].encoder.fit
@@ -187,15 +226,15 @@ class Captioner:
             images = pixels(model.encoder.sides[view.scale], model.encoder.resample)
             return (images.flip(-1) if view.mirrored else images).to(self.device)
 
-        found = caption_images(self.ensemble.models, load, config, generator=generator)
+        with self._turn:
+            found = caption_images(self.ensemble.models, load, config, generator=generator)
         captions = []
         for photo, hypotheses in zip(photos, found, strict=True):
-            box = visible_box(*photo.size, fit)
-            best, *others = (self._read_back(hypothesis, box) for hypothesis in hypotheses)
+            best, *others = (self._read_back(hypothesis, photo.size, fit) for hypothesis in hypotheses)
             captions.append(dataclasses.replace(best, alternatives=tuple(others)))
         return captions
 
-    def _read_back(self, hypothesis: Hypothesis, box: Box) -> Caption:
+    def _read_back(self, hypothesis: Hypothesis, size: tuple[int, int], fit: Fit) -> Caption:
         length = len([i for i in hypothesis.ids if i != END])
         words = self.ensemble.vocabulary.decode(hypothesis.ids)
         alphas, window = hypothesis.alphas, 1
@@ -212,7 +251,8 @@ class Captioner:
             betas=None if hypothesis.betas is None else hypothesis.betas[:length].float().numpy(),
             locations=None if hypothesis.locations is None else hypothesis.locations[:length].numpy(),
             window=window,
-            box=box,
+            size=size,
+            box=visible_box(*size, fit),
             finished=hypothesis.finished,
             score=hypothesis.score,
         )
@@ -231,7 +271,8 @@ def load_captioner(path: str | Path, *, device: str | torch.device = "cpu", head
         FileNotFoundError: there is none; names the pretrained ones.
         ValueError: a file of it is malformed, or there is no such head.
     """
-    return Captioner(load_ensemble(checkpoint_folder(path)), device=device, head=head)
+    with torch.random.fork_rng(devices=[]):  # modules are made with random weights, at nobody else's cost
+        return Captioner(load_ensemble(checkpoint_folder(path)), device=device, head=head)
 
 
 def search_config(own: SearchConfig, **options: int | float | bool | str) -> SearchConfig:
@@ -239,10 +280,11 @@ def search_config(own: SearchConfig, **options: int | float | bool | str) -> Sea
 
     Captions that are drawn (`sample=True`) are drawn from what the model thinks: of its own search they take nothing.
     """
-    allowed = [f.name for f in dataclasses.fields(SearchConfig)]
+    allowed = dataclasses.asdict(SearchConfig())
     for name in options:
         if name not in allowed:
             raise ValueError(f"unknown option {name!r}; allowed: {', '.join(allowed)}")
+    options = _of_kinds(options, allowed)
     if options.get("location", LOCATIONS[0]) not in LOCATIONS:
         raise ValueError(f"location must be one of {', '.join(LOCATIONS)} (got {options['location']!r})")
     drawn = ("temperature", "top_k", "top_p")
@@ -254,15 +296,39 @@ def search_config(own: SearchConfig, **options: int | float | bool | str) -> Sea
     return dataclasses.replace(SearchConfig() if options.get("sample") else own, **options)  # type: ignore[arg-type]
 
 
-def _read(image: ImageLike) -> Image.Image:
+def _of_kinds(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Options may come from somebody's JSON: each must be of its default's type; a whole number is a number, too."""
+    found = {}
+    for name, value in values.items():
+        kind = type(like[name])
+        kinds = (float, int) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} must be {kind.__name__} (got {value!r})")
+        found[name] = kind(value)
+    return found
+
+
+def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    one = isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)) or hasattr(images, "read")
+    if not one and not isinstance(images, Iterable):
+        raise ValueError(f"images must be one or several (got {type(images).__name__})")
+    return cast(Iterable[ImageLike], [images] if one else images)
+
+
+def _read(image: ImageLike, name: str = "image") -> Image.Image:
     if isinstance(image, (str, Path)):
-        return open_image(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"an image array must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"a photo is a file, a Pillow image or a uint8 array (H, W, 3), got {type(image).__name__}")
-    if not all(image.size):
-        raise ValueError(f"a photo has pixels, got {image.width}x{image.height}")
-    return to_rgb(image)
+        return read_image(image)
+    try:
+        if isinstance(image, bytes):
+            image = io.BytesIO(image)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(f"an image array must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+            image = Image.fromarray(image)
+        if isinstance(image, Image.Image):
+            return whole_image(image)
+        if not hasattr(image, "read"):
+            raise ValueError(f"must be a file, bytes, a Pillow image or an array, got {type(image).__name__}")
+        return read_image(image)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -8,7 +8,6 @@ Standard output has one line per photo: its path, a tab, the caption.
 
 import argparse
 import contextlib
-import dataclasses
 import glob
 import importlib.util
 import itertools
@@ -26,7 +25,7 @@ from captioning.config import SearchConfig
 from captioning.console import exit_code, go_on_unheard, one_line
 from captioning.devices import default_device
 from captioning.files import make_folder, make_place, write_text
-from captioning.images import EXTENSIONS, MAX_PIXELS, open_image
+from captioning.images import EXTENSIONS, batches, open_image
 from captioning.memory import keep_memory
 from captioning.options import add_sampling_options, add_search_options, given
 
@@ -36,9 +35,12 @@ def image_files(arguments: Sequence[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: an argument names nothing.
+        ValueError: it is empty.
     """
     found: dict[Path, None] = {}
     for argument in arguments:
+        if not argument:  # of a shell's variable that is not set; as a path it would be the folder that one is in
+            raise ValueError("an image must have a name (got '')")
         path = Path(argument)
         if path.is_dir():
             shown = (p for p in path.iterdir() if not p.name.startswith("."))  # macOS leaves ._a.jpg beside a.jpg
@@ -57,18 +59,14 @@ def image_files(arguments: Sequence[str]) -> list[Path]:
 
 def opened(files: Sequence[Path], batch_size: int) -> Iterator[list[tuple[Path, Any]]]:
     """Photos in batches, with the reason in the place of one that cannot be read; large ones make small batches."""
-    batch, pixels = list[tuple[Path, Any]](), 0
-    for path in files:
+
+    def photo(path: Path) -> tuple[Path, Any]:
         try:
-            batch.append((path, open_image(path)))
-            pixels += math.prod(batch[-1][1].size)
+            return path, open_image(path)
         except (ValueError, OSError) as error:
-            batch.append((path, error))
-        if len(batch) == batch_size or pixels > MAX_PIXELS:
-            yield batch
-            batch, pixels = [], 0
-    if batch:
-        yield batch
+            return path, error
+
+    yield from batches(map(photo, files), batch_size, lambda found: math.prod(getattr(found[1], "size", ())))
 
 
 def captions_of(
@@ -88,15 +86,9 @@ def captions_of(
 
 
 def as_json(path: Path, caption: Caption) -> dict[str, Any]:
-    """A caption as JSON values; weights and gates are rounded to five digits."""
-    values = dataclasses.asdict(dataclasses.replace(caption, alternatives=()))
-    for name in ("alphas", "betas"):
-        numbers = getattr(caption, name)
-        values[name] = None if numbers is None else numbers.astype(float).round(5).tolist()
-    values["locations"] = None if caption.locations is None else caption.locations.tolist()
-    values["box"] = caption.box._asdict()
+    """A photo's caption as JSON values; of alternatives the sentence and its score."""
     alternatives = [{"text": c.text, "score": c.score} for c in caption.alternatives]
-    return {"image": str(path), **values, "alternatives": alternatives}
+    return {"image": str(path), **caption.as_dict(), "alternatives": alternatives}
 
 
 def draw_overlay(path: Path, caption: Caption, options: argparse.Namespace, taken: set[str]) -> bool:
@@ -169,6 +161,13 @@ def one_line_name(path: Path) -> str:
 
 def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
     """Make the folders that will be written to, before the work is done."""
+    for option in ("overlay", "json"):
+        if getattr(options, option) == "":
+            raise ValueError(f"--{option} must name what to write (got '')")
+    if options.overlay_format != parser().get_default("overlay_format") and not options.overlay:
+        raise ValueError("--overlay-format: nothing is drawn; set --overlay too")
+    if options.json and options.json == options.overlay:
+        raise ValueError(f"--json and --overlay: a file and a folder cannot both be {options.json}")
     if options.overlay:
         if options.overlay_format != "html" and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--overlay: needs matplotlib (this package's extra `demo`), or --overlay-format html")

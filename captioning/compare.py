@@ -29,6 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from captioning.extras import require
+
+if __name__ == "__main__":
+    require("captioning.compare", "h5py", "accelerate")
+
 from accelerate.utils import parse_flag_from_env
 
 from captioning.api import load_captioner

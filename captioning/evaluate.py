@@ -19,6 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from captioning.extras import require
+
+if __name__ == "__main__":
+    require("captioning.evaluate", "h5py")
+
 from captioning.api import search_config
 from captioning.checkpoint import Checkpoint, checkpoint_folder
 from captioning.compatibility import check_fits, check_views

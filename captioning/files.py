@@ -33,7 +33,7 @@ def fresh_file(path: Path) -> Iterator[Path]:
         to_disk(partial)
         os.replace(partial, path)
     except OSError as error:
-        if error.errno and error.filename is None:  # a full disk, which does not say where
+        if error.errno and error.filename in (None, str(partial)):  # a full disk does not say where
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     finally:
@@ -213,15 +213,13 @@ def make_place(path: Path, option: str) -> None:
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{option} {path}: is no ordinary file; give another name")
     make_folder(path.parent, f"{option} {path}")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{option} {path}: its folder cannot be written to")
 
 
 def make_folder(path: Path, option: str) -> None:
     """A folder that will be written to.
 
     Raises:
-        NotADirectoryError: a file has its name, or that of a folder above it; names the option.
+        OSError: a file has its name, or that of a folder above it; or it cannot be written to. Names the option.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -229,6 +227,8 @@ def make_folder(path: Path, option: str) -> None:
         raise NotADirectoryError(
             f"{option}: {path} is no folder and cannot become one: a file is in its place"
         ) from error
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"{option}: folder {path} cannot be written to")
 
 
 def short_name(path: str | Path) -> str:

@@ -1,9 +1,11 @@
 """Open any user's image file safely, make it square for the network, and know the way back for overlays."""
 
+import io
 import struct
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, TypeVar, cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -16,6 +18,8 @@ MAX_PIXELS = 100_000_000
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error)
+"""What Pillow raises of a file that is broken."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,6 +30,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a photo of each EXIF orientation upright."""
+
+T = TypeVar("T")
 
 
 class Box(NamedTuple):
@@ -49,20 +55,38 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         return read_image(path, max_pixels=max_pixels)
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`open_image` for threads: Pillow's warnings go wherever the process sends them, which is no thread's own."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
+def read_image(file: str | Path | io.IOBase, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`open_image` for threads: Pillow's warnings go wherever the process sends them, which is no thread's own.
+
+    Takes a file that is open for reading, too, e.g. an `io.BytesIO`.
+    """
+    path = file if isinstance(file, (str, Path)) else getattr(file, "name", "image data")
+    if isinstance(file, (str, Path)) and not Path(file).is_file():
+        what = "is no ordinary file" if Path(file).exists() else "no such image file"
+        raise FileNotFoundError(f"{path}: {what}")
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(cast("str | Path | IO[bytes]", file), formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many; at most {max_pixels:,} are opened")
             return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too many pixels; at most {max_pixels:,} are opened") from error
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path}: cannot be read as an image: {one_line(error)}") from error
+
+
+def whole_image(image: Image.Image) -> Image.Image:
+    """`to_rgb` of an image that somebody else opened, perhaps a broken file's.
+
+    Raises:
+        ValueError: its file is broken or truncated, or it has no pixels.
+    """
+    if not all(image.size):
+        raise ValueError(f"a photo has pixels, got {image.width}x{image.height}")
+    try:
+        return to_rgb(image)
+    except _BROKEN as error:
+        raise ValueError(f"cannot be read as an image: {one_line(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -85,6 +109,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     image.info = {}  # EXIF and XMP would go along
     return image
+
+
+def batches(photos: Iterable[T], size: int, pixels: Callable[[T], int]) -> Iterator[list[T]]:
+    """`size` photos at a time, and fewer of large ones: none is added to a batch that has more than `MAX_PIXELS`."""
+    batch, total = list[T](), 0
+    for photo in photos:
+        batch.append(photo)
+        total += pixels(photo)
+        if len(batch) == size or total > MAX_PIXELS:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def visible_box(width: int, height: int, fit: Fit) -> Box:

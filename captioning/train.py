@@ -11,6 +11,11 @@ stopped with the same command and `--resume true`.
 import sys
 from collections.abc import Sequence
 
+from captioning.extras import require
+
+if __name__ == "__main__":
+    require("captioning.train", "h5py", "accelerate")
+
 from captioning.console import exit_code
 from captioning.memory import keep_memory
 from captioning.settings import parse_settings

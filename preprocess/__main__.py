@@ -12,6 +12,11 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from captioning.extras import require
+
+if __name__ == "__main__":
+    require("preprocess", "h5py")
+
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.config import EncoderConfig, Precision
 from captioning.console import exit_code, one_line

@@ -13,6 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from captioning.extras import require
+
+if __name__ == "__main__":
+    require("preprocess.shapes_check", "h5py", "pycocotools")
+
 from pycocotools import mask as coco_mask
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from captioning import load_captioner
+from captioning import images, load_captioner
 from captioning.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
 from captioning.config import SearchConfig
 from captioning.images import visible_box
@@ -349,7 +349,7 @@ def test_when_nobody_reads_any_more_only_what_is_written_elsewhere_is_still_made
 
 
 def test_large_photos_make_small_batches(command, photos, monkeypatch):
-    monkeypatch.setattr(command, "MAX_PIXELS", 60 * 40)  # c.jpg fills it, a.png and b.png have 32 x 32
+    monkeypatch.setattr(images, "MAX_PIXELS", 60 * 40)  # c.jpg fills it, a.png and b.png have 32 x 32
     files = [photos / name for name in ("a.png", "b.png", "c.jpg", "notes.txt", "a.png")]
     assert [len(batch) for batch in command.opened(files, 16)] == [3, 2]
     assert [len(batch) for batch in command.opened(files[:2] * 2, 2)] == [2, 2]

@@ -27,6 +27,7 @@ ORDER = (
         "tokenization",
         "caption_files",
         "console",
+        "extras",
         "devices",
         "model_config",
         "config",

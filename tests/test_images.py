@@ -147,9 +147,9 @@ def test_what_is_no_photo_is_refused(content, tmp_path):
         open_image(tmp_path / "x.jpg")
 
 
-@pytest.mark.parametrize("name", ["absent.jpg", "."])
-def test_a_missing_file_is_named(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such image file"):
+@pytest.mark.parametrize(("name", "said"), [("absent.jpg", "no such image file"), (".", "is no ordinary file")])
+def test_a_missing_file_is_named(name, said, tmp_path):
+    with pytest.raises(FileNotFoundError, match=said):
         open_image(tmp_path / name)
 
 
