@@ -253,7 +253,7 @@ class Settings:
     Args:
         data: HDF5 file made by `python -m preprocess`.
         output: folder of the run: best/ and last/ checkpoints, TensorBoard curves, settings.
-        resume: go on where the run in `output` stopped, bit for bit.
+        resume: go on where the run in `output` stopped, on a CPU bit for bit.
         init_from: checkpoint folder to start from, with the same words, as many scales, the same decoder and region
             encoder (dropout, soft against hard attention, its glimpses and window may differ); its encoder, too, unless
             the data file stores annotation vectors.

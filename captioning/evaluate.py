@@ -10,9 +10,9 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from captioning.files import make_place
 from captioning.findings import Diagnosis
 from captioning.memory import keep_memory
 from captioning.metrics import DEFAULT_METRICS, Scores, check_settings, score
-from captioning.model_config import View
+from captioning.model_config import Resample, View
 from captioning.models.attention import is_hard
 from captioning.models.captioner import CaptioningModel
 from captioning.options import add_search_options, given
@@ -90,20 +90,28 @@ def caption_split(
     found: dict[str, SplitCaption] = {}
     for start in tqdm(range(0, len(indices), batch_size), unit="batch", disable=not progress, file=sys.stderr):
         part = [int(i) for i in indices[start : start + batch_size]]
-        load = partial(_images, data, part)
+        load = _loader(data, part)
         hypotheses = caption_images(models, load, config, generator=generator)
         for i, best in zip(part, hypotheses, strict=True):
             found[data.names[i]] = SplitCaption(detokenize(vocabulary.decode(best[0].ids)), best[0])
     return found
 
 
-def _images(data: CaptionData, indices: Sequence[int], model: CaptioningModel, view: View) -> Tensor:
-    """Images of a data file as a model wants them."""
-    if data.kind == ANNOTATIONS:
-        return torch.stack([data.image(i, view) for i in indices]).to(model.device)
-    resize = resizing(model.encoder.sides[view.scale], model.encoder.resample)
-    images = torch.stack([resize(data.image(i)) for i in indices]).to(model.device)
-    return images.flip(-1) if view.mirrored else images
+def _loader(data: CaptionData, indices: Sequence[int]) -> Callable[[CaptioningModel, View], Tensor]:
+    """Images of a data file as a model wants them; pixels are read and resized once for all who want them alike."""
+
+    @cache
+    def pixels(side: int, resample: Resample) -> Tensor:
+        resize = resizing(side, resample)
+        return torch.stack([resize(data.image(i)) for i in indices])
+
+    def load(model: CaptioningModel, view: View) -> Tensor:
+        if data.kind == ANNOTATIONS:
+            return torch.stack([data.image(i, view) for i in indices]).to(model.device)
+        images = pixels(model.encoder.sides[view.scale], model.encoder.resample)
+        return (images.flip(-1) if view.mirrored else images).to(model.device)
+
+    return load
 
 
 def evaluate(

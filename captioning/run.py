@@ -229,12 +229,19 @@ def go_on(state: TrainingState, folder: Path, optimizer: Optimizer, others: Mapp
 
 
 def start_accelerator(settings: Settings) -> tuple[Settings, Accelerator]:
-    """Devices and processes as they are here; and the settings, with what `precision: auto` comes to on them."""
+    """Devices and processes as they are here; and the settings, with what `precision: auto` comes to on them.
+
+    Raises:
+        ValueError: there are more processes than GPUs.
+    """
     AcceleratorState._reset_state()  # it is global, and an earlier run of this process may have had another precision
     # torchrun's processes find each other on CPUs only when told
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.backends.mps.is_available():
         on_cpu = True  # an Apple GPU takes one process
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if here > gpus and not on_cpu:
+        raise ValueError(f"{here} processes need as many GPUs (found {gpus}); ACCELERATE_USE_CPU=true takes CPUs")
     precision = number_format(settings.precision, PartialState(cpu=on_cpu).device.type)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -272,8 +279,9 @@ def training_set(run: Run) -> CaptionDataset:
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """What the last bits of a sum depend on, beside the settings."""
-    threads = torch.get_num_threads()
-    return {"threads": threads, "processes": accelerator.num_processes, "device": accelerator.device.type}
+    device = accelerator.device
+    found = {"threads": torch.get_num_threads(), "processes": accelerator.num_processes, "device": device.type}
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def say_what_starts(run: Run) -> None:
@@ -334,7 +342,7 @@ def version(package: str) -> str | None:
 
 def save_last(run: Run) -> None:
     """Save the model and all that a resumed run needs, in one step."""
-    run.accelerator.wait_for_everyone()
+    meet(run)
     if not run.accelerator.is_main_process:
         return
     tensors = {f"optimizer/{name}": x for name, x in optimizer_tensors(run.optimizer).items()}
@@ -348,6 +356,12 @@ def save_last(run: Run) -> None:
     state = {"progress": progress, "settings": settings, **about}
     folder = Path(run.settings.output) / "last"
     save_checkpoint(folder, as_checkpoint(run, run.model), training=TrainingState(tensors, state))
+
+
+def meet(run: Run) -> None:
+    """All processes come to this point: a sum over them, for torch's own barrier takes to a GPU even a run on CPUs."""
+    if run.accelerator.num_processes > 1:
+        run.accelerator.reduce(torch.zeros((), device=run.accelerator.device)).item()
 
 
 def say(run: Run, text: str) -> None:

@@ -6,6 +6,7 @@ stands is two numbers, and a run that was interrupted anywhere and resumed ends 
 
 import copy
 import dataclasses
+import math
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ from captioning.models.attention import is_hard
 from captioning.objective import teacher_forced
 from captioning.optimization import set_learning_rate
 from captioning.plan import plan
-from captioning.run import Run, as_checkpoint, curve, save_last, say, start, training_set
+from captioning.run import Run, as_checkpoint, curve, meet, save_last, say, start, training_set
 from captioning.self_critical import self_critical_sampled
 from captioning.workers import STOPS
 
@@ -138,7 +139,7 @@ def save_and_stop_if_asked(run: Run, stop: dict[str, bool]) -> None:
     if stopping or (save_every and progress.step % save_every == 0):
         save_last(run)
     if stopping:
-        run.accelerator.wait_for_everyone()  # torchrun ends all processes when the first one does
+        meet(run)  # torchrun ends all processes when the first one does
         raise Interrupted(f"stopped at step {progress.step}; go on with the same command and --resume true")
 
 
@@ -160,20 +161,15 @@ def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:
     """
     settings, accelerator, step = run.settings, run.accelerator, run.progress.step
     torch.manual_seed(step_seed(settings.seed, step, accelerator.process_index))
-    batch = Batch(*(x.to(accelerator.device, non_blocking=True) for x in batch))
+    batch = Batch(*(x.to(accelerator.device) for x in batch))
     if run.self_critical:
         objective = self_critical_sampled(run, batch)
     else:
         objective = teacher_forced(run, batch.images, batch.words, (batch.indices, batch.mirrored))
-    loss = objective.loss
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss is {loss.item()} at step {step}: lower optimizer.learning_rate or set clip_norm")
-    accelerator.backward(loss)
+    accelerator.backward(objective.loss)
     average_gradients(run)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.optimizer.clip_norm or float("inf"))
-    own = () if run.baseline is None else (x.grad for x in run.baseline.parameters() if x.grad is not None)
-    if not all(x.isfinite().all() for x in (norm, *own)):  # a step would spoil weights, and saving them what was good
-        raise ValueError(f"the gradient is not finite at step {step}: lower optimizer.learning_rate")
+    refuse_what_is_not_finite(run, objective.loss, norm)
     factor = run.rate_factor()
     set_learning_rate(run.optimizer, factor)
     run.optimizer.step()
@@ -185,6 +181,22 @@ def train_step(run: Run, batch: Batch) -> tuple[dict[str, float], int]:
         for name, value in {**values, "gradient_norm": float(norm), "learning_rate_factor": factor}.items():
             curve(run, f"train/{name}", value)
     return values, words
+
+
+def refuse_what_is_not_finite(run: Run, loss: Tensor, norm: Tensor) -> None:
+    """A step would spoil weights, and saving them what was good. All processes end, whosever loss it was.
+
+    Raises:
+        ValueError: the loss or a gradient is NaN or infinite.
+    """
+    own = [] if run.baseline is None else [x.grad.norm() for x in run.baseline.parameters() if x.grad is not None]
+    finite = torch.stack([x.detach().float() for x in (loss, norm, *own)]).isfinite().all().float()
+    if run.accelerator.num_processes > 1:
+        finite = run.accelerator.reduce(finite, "mean")  # one that went on alone would wait for ever
+    if finite < 1:
+        value, step = loss.item(), run.progress.step
+        what = "the gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
+        raise ValueError(f"{what} at step {step}: lower optimizer.learning_rate or set optimizer.clip_norm")
 
 
 def over_processes(run: Run, values: dict[str, float], words: int) -> tuple[dict[str, float], int]:
@@ -226,10 +238,10 @@ def validate(run: Run) -> None:
         options.search,
         batch_size=options.batch_size,
     )
-    if run.accelerator.num_processes > 1:
-        found = dict(gather_object(list(found.items())))
-    references = {run.data.names[i]: run.data.references(i) for i in indices}
     captions = {name: caption.text for name, caption in found.items()}
+    if run.accelerator.num_processes > 1:
+        captions = dict(gather_object(list(captions.items())))
+    references = {run.data.names[i]: run.data.references(i) for i in indices}
     scores = score(captions, references, tokenizer="python", metrics=("BLEU", "ROUGE-L", "CIDEr"))
     progress = run.progress
     values = {name: round(value, 4) for name, value in scores.values.items()}

@@ -1,5 +1,6 @@
 """The benchmarks at toy sizes: they run and print their tables, and the comparison is fair. No time is judged."""
 
+import dataclasses
 import importlib
 import math
 
@@ -8,12 +9,15 @@ import torch
 from tiny_runs import tiny_settings
 
 from benchmarks import hard_gradient, report, roofline
-from benchmarks.hard_oracle import small_oracle
+from benchmarks.hard_oracle import estimate, new_baseline, small_oracle
 from benchmarks.report import Line, formats, table
 from benchmarks.roofline import Machine, Phase
 from benchmarks.train_step import Sizes, as_ports_batch, build_pair, make_batch, necessary, ours_loss
 from captioning import training
 from captioning.config import DecoderConfig, EncoderConfig, HardConfig
+from captioning.hard_objective import training_look
+from captioning.losses import word_nll
+from captioning.models.attention import looking
 from captioning.vocabulary import END, PAD, START
 
 TOY = ["--locations", "4", "--annotation-dim", "8", "--dim", "4", "--vocabulary", "20", "--repeats", "1"]
@@ -196,3 +200,30 @@ def test_the_doubt_of_a_mean_of_draws_is_its_variance():
     mean, squares = hard_gradient.moments(iter(vectors))
     assert mean.tolist() == [3.0, 4.0]
     assert squares == pytest.approx(4 + 1 + 0 + 1 + 4 + 4)
+
+
+def test_the_baselines_of_the_benchmark_learn():
+    oracle, exact = small_oracle(), HardConfig(lambda_e=0.0, expectation_probability=0.0)
+    paper = dataclasses.replace(exact, reward="sentence", baseline="moving_average")
+    baseline = new_baseline(oracle, paper)
+    estimate(oracle, paper, baseline, copies=8, seed=0)
+    a, words = (x.repeat_interleave(8, dim=0) for x in (oracle.a, oracle.words))
+    with looking(oracle.decoder, training_look(paper, torch.Generator().manual_seed(0))):
+        output = oracle.decoder(a, words)
+    mean = -word_nll(output.logits, output.targets).sum() / 8
+    assert baseline.b.item() == pytest.approx(0.1 * mean.item())
+    learned = dataclasses.replace(exact, baseline="learned")
+    net = new_baseline(oracle, learned)
+    before = [p.detach().clone() for p in net.parameters()]
+    hard_gradient.warm_up(oracle, learned, net, 24)
+    assert all(not torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+def test_the_doubt_is_the_variance_of_the_mean_and_joins_the_noise(monkeypatch):
+    vectors = [torch.tensor(x) for x in ([1.0, 5.0], [3.0, 5.0], [5.0, 2.0])]  # squared distances: 14
+    stream = iter(vectors * 5)
+    monkeypatch.setattr(hard_gradient, "estimate", lambda *_, **__: next(stream))
+    hard, oracle = HardConfig(baseline="none"), small_oracle()
+    assert hard_gradient.mean_of(oracle, hard, 3)[1] == pytest.approx(14 / 2 / 3)
+    row = hard_gradient.measure(oracle, torch.tensor([3.0, 4.0]), hard, draws=3, copies=1, soft=1.0, doubt=2.0)
+    assert row.noise == pytest.approx(math.sqrt((7 / 3 + 2) / 25))

@@ -22,6 +22,7 @@ from captioning.tokenization import tokenize
 from captioning.vocabulary import SPECIAL
 from preprocess.__main__ import main
 from preprocess.build import BuildSettings
+from preprocess.store import Partial, _write_dataset
 
 
 def test_a_pixel_file_holds_what_the_source_gave(tmp_path):
@@ -330,3 +331,21 @@ def test_a_run_that_was_stopped_after_its_companions_goes_on(tmp_path, monkeypat
     monkeypatch.undo()
     assert main(words) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.h5", "s.instances.json"]
+
+
+def test_every_image_lies_at_its_place_beyond_the_first_block(tmp_path):
+    whole = Partial(tmp_path / "p", "k", shape=(1,), dtype=np.float16, restart=False)
+    whole.append(np.arange(150, dtype=np.float16)[:, None], [])
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        _write_dataset(file, "x", whole, ())
+        assert file["x"][:, 0].tolist() == list(range(150))
+
+
+def test_a_broken_photo_of_a_later_batch_moves_no_captions(tmp_path):
+    root = photos(tmp_path / "in", 10)
+    (root / "6.png").write_bytes(b"x")
+    assert main(command(root, tmp_path / "d.h5", "--batch-size", "4", "--max-missing", "0.1")) == 0
+    data = CaptionData(tmp_path / "d.h5")
+    assert data.names == [f"{i}.png" for i in range(10) if i != 6]
+    expected = to_array(to_square(open_image(root / "8.png"), 32, "crop"))
+    np.testing.assert_array_equal(data.image(7).permute(1, 2, 0).numpy(), expected)

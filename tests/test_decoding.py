@@ -327,3 +327,21 @@ def test_no_temperature_makes_nonsense(temperature, said, dtype):
     found = sample(decoder, torch.zeros(1, 1, 1), config, generator=torch.Generator().manual_seed(0))[0]
     assert {hypothesis.ids[0] for hypothesis in found} >= said
     assert not {PAD, START, UNK} & {i for hypothesis in found for i in hypothesis.ids}
+
+
+def test_a_caption_that_ends_leaves_its_place_in_the_beam_to_another():
+    table = torch.full((8, 8), 1e-30)
+    table[START, END], table[START, 4], table[START, 5] = 0.4, 0.35, 0.25
+    table[4, 6] = table[4, 7] = 0.5
+    table[5, END] = table[6, END] = table[7, END] = 1.0
+    found = beam_search(TableDecoder(table), torch.zeros(1, 1, 1), SearchConfig(beam_size=2, num_captions=2))[0]
+    assert [h.ids for h in found] == [(END,), (5, END)]  # 0.4 and 0.25; 4 6 END has 0.175
+
+
+def test_a_drawn_caption_has_the_score_of_its_own_words():
+    config = SearchConfig(sample=True, num_captions=30, max_length=6, length_penalty=0.7)
+    found = sample(small_decoder(6, scale=0.5), annotations(2), config, generator=torch.Generator().manual_seed(0))
+    drawn = [h for one in found for h in one]
+    for h in drawn:
+        assert h.score == pytest.approx(sum(h.log_probs) / len(h.ids) ** 0.7)
+    assert len({len(h.ids) for h in drawn}) > 2

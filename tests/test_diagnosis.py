@@ -338,3 +338,10 @@ def test_of_several_heads_the_mean_is_told_and_the_signal_heard(data):
     assert "; of the mean of 2 heads)" in found.line()
     assert "not possible: several heads" in found.table()
     assert signal_to_noise(model, data, data.indices("train").tolist(), data.vocabulary) is not None
+
+
+def test_glimpses_are_forced_with_the_weights_that_the_decoder_gave_them():
+    alphas = torch.tensor([[[[0.4, 0.3, 0.2, 0.1]]]])
+    places, mask = torch.tensor([[[[0, 2]]]]), torch.ones(1, 1, 1, dtype=torch.bool)
+    output = Output(torch.zeros(1, 9), torch.tensor([4]), mask, alphas, None, places)
+    torch.testing.assert_close(diagnosis._looked(output, alphas).flatten(), torch.tensor([2 / 3, 0, 1 / 3, 0]))

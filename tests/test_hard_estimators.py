@@ -241,3 +241,15 @@ def test_the_importance_weighted_bound_grows_with_the_samples_from_l_s_to_log_p(
     assert values[0] < values[1] < values[2] < top
     spread = (log_p - top).exp()[drawn].std().item()  # of the weights around their mean, p(y|a) = 1 in these units
     assert importance_weighted_bound(log_p[drawn]).item() == pytest.approx(top, abs=4 * spread / math.sqrt(200_000))
+
+
+def test_the_relaxation_is_the_gradient_through_the_sample_and_no_reward(oracle):
+    hard = dataclasses.replace(EXACT, baseline="none", relaxation="gumbel_straight_through")
+    found = estimate(oracle, hard, new_baseline(oracle, hard), seed=3)
+    with looking(oracle.decoder, Look("gumbel_straight_through", generator=torch.Generator().manual_seed(3))):
+        output = oracle.decoder(oracle.a, oracle.words)
+    total = -word_nll(output.logits, output.targets).sum()
+    wanted = torch.autograd.grad(total, oracle.parameters, materialize_grads=True)
+    torch.testing.assert_close(found, torch.cat([g.flatten() for g in wanted]))
+    v = oracle.decoder.attention.alignment.v.weight
+    assert next(g for g, p in zip(wanted, oracle.parameters, strict=True) if p is v).abs().sum() > 0

@@ -220,3 +220,10 @@ def test_captions_that_do_not_fit_together_are_named(candidates, references, mes
 def test_unknown_settings_are_errors(settings):
     with pytest.raises(ValueError, match=rf"^{next(iter(settings))}="):
         score({1: "a"}, {1: ["a"]}, **settings)
+
+
+def test_a_caption_meets_the_references_of_its_own_image_in_whatever_order():
+    truth = {1: ["a small dog runs"], 2: ["two red cars turn left"]}
+    found = score({2: truth[2][0], 1: truth[1][0]}, truth, tokenizer="python", metrics=("BLEU",), per_image=True)
+    assert found.values["BLEU-4"] == pytest.approx(1)
+    assert found.per_image[1]["BLEU-4"] == pytest.approx(1)

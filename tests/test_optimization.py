@@ -1,6 +1,7 @@
 """What each weight's step is made of: its group, its rate, its decay, the clipped gradient, the moving average."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from captioning import training
 from captioning.checkpoint import load_checkpoint
-from captioning.config import OptimizerConfig
+from captioning.config import OptimizerConfig, RegionEncoderConfig
 from captioning.data import Batch, CaptionDataset, load_batches
 from captioning.optimization import OPTIMIZERS, build_optimizer, moving_average
 from captioning.plan import plan
@@ -112,3 +113,27 @@ def test_the_average_follows_the_weights_and_is_what_is_validated_and_kept(tiny_
     assert torch.equal(kept, run.average.module.get_parameter(name))
     assert not torch.equal(kept, run.model.get_parameter(name))
     assert start_run(tiny_data, tmp_path / "plain", average_decay=0.0).average is None
+
+
+def test_what_lies_between_encoder_and_decoder_is_trained(tiny_data, tmp_path):
+    regions = RegionEncoderConfig("transformer", "learned", dim=8, heads=2)
+    run = start(tiny_settings(tiny_data, tmp_path / "run", region_encoder=regions))
+    run.wrapped.train()
+    before = {name: p.detach().clone() for name, p in run.model.regions.named_parameters()}
+    training.train_step(run, next(iter(training_batches(run))))
+    changed = [name for name, p in run.model.regions.named_parameters() if not torch.equal(p, before[name])]
+    assert before
+    assert changed == list(before)
+
+
+def training_batches(run: Run) -> Iterator[Batch]:
+    dataset = CaptionDataset(run.data, sides=run.encoder.sides)
+    return load_batches(dataset, plan(run.settings, run.data, epoch=0), captions_per_image=5)
+
+
+@pytest.mark.parametrize(("name", "left"), [("adamw", 3 * (1 - 0.1 * 0.5)), ("adam", 3 - 0.1)])
+def test_decay_is_decoupled_in_adamw_and_part_of_the_gradient_in_adam(name, left):
+    weight = nn.Parameter(torch.full((1, 1), 3.0))
+    weight.grad = torch.zeros(1, 1)
+    OPTIMIZERS[name]([{"params": [weight], "lr": 0.1, "weight_decay": 0.5}]).step()
+    assert weight.item() == pytest.approx(left, rel=1e-5)

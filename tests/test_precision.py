@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import TINY_ENCODER
 from photo_folders import ENCODER, command, photos
+from test_decoder import ONE_OF_EACH, batch, build, different
 from tiny_runs import tiny_settings
 
 from captioning import training
@@ -16,6 +17,7 @@ from captioning.checkpoint import load_checkpoint
 from captioning.compare import systems
 from captioning.config import Settings
 from captioning.data import CaptionData, CaptionDataset, load_batches
+from captioning.losses import expected_nll, word_nll
 from captioning.objective import teacher_forced
 from captioning.plan import plan
 from captioning.precision import number_format, slow_choice
@@ -153,3 +155,23 @@ def test_a_file_of_vectors_says_what_auto_came_to(has_it, made_in, capable, tmp_
     root = photos(tmp_path / "in", 3)
     assert main(command(root, tmp_path / "d.h5", *ENCODER, "--precision", "auto", "--device", "cpu", size=64)) == 0
     assert CaptionData(tmp_path / "d.h5").settings["precision"] == made_in
+
+
+@pytest.mark.parametrize("config", [c for c in ONE_OF_EACH if c.name != "transformer"], ids=different)
+def test_under_bf16_the_state_stays_in_fp32(config):
+    decoder, (a, words) = build(config).float().eval(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = decoder.prepare(a.float())
+        state = decoder.initial_state(memory, 3)
+        for t in range(3):
+            assert {x.dtype for x in state} == {torch.float32}
+            state = decoder.step(words[..., t].flatten(), state, memory).state
+
+
+def test_the_loss_of_bf16_logits_is_computed_in_fp32():
+    logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets, expected = torch.arange(64), torch.full((64, 500), 1 / 500)
+    for loss, truth in ((word_nll, targets), (expected_nll, expected)):
+        found = loss(logits, truth)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, loss(logits.float(), truth), rtol=0, atol=0)

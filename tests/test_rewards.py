@@ -5,7 +5,7 @@ import pytest
 from pycocoevalcap.cider.cider import Cider
 
 from captioning.data import CaptionData
-from captioning.rewards import CiderD, references_with_end
+from captioning.rewards import CiderD, _ngrams, references_with_end
 from captioning.tokenization import tokenize
 from captioning.vocabulary import END
 
@@ -77,3 +77,10 @@ def test_words_outside_the_vocabulary_match_nothing_that_can_be_said(tiny_data):
     assert "zebra" in unknown
     assert sorted({i for i in first if i >= size}) == list(range(size, size + len(unknown)))
     assert first[1] == first[4] >= size
+
+
+def test_different_pairs_of_words_have_different_numbers():
+    found = _ngrams([[a, b] for a in range(4, 304) for b in range(4, 304)])
+    pairs, words = set(found.keys[found.n == 1].tolist()), set(found.keys[found.n == 0].tolist())
+    assert len(pairs) == 300**2
+    assert not pairs & words

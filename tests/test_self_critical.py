@@ -32,7 +32,7 @@ from captioning.config import (
 )
 from captioning.data import Batch, CaptionData, CaptionDataset, load_batches
 from captioning.decoding import sayable
-from captioning.losses import leave_one_out, self_critical
+from captioning.losses import doubly_stochastic_penalty, leave_one_out, self_critical
 from captioning.models.captioner import CaptioningModel
 from captioning.models.regions import RegionEncoder
 from captioning.models.registry import build_decoder
@@ -320,3 +320,17 @@ def test_an_epoch_of_the_phase_is_every_image_once(tiny_annotations, tmp_path):
     phase = tiny_settings(tiny_annotations, tmp_path, captions_per_image=2)
     data = CaptionData(tiny_annotations)
     assert [sum(map(len, plan(phase, data, epoch=epoch))) for epoch in (0, phase.epochs - 1)] == [3 * 32, 32]
+
+
+def test_the_penalty_acts_on_the_captions_that_were_drawn(enumerable_run):
+    run, seen = enumerable_run, []
+    a = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    batch = Batch(a, torch.full((3, 1, 3), 4), torch.arange(3), torch.zeros(3, dtype=torch.bool))
+    torch.manual_seed(1)
+    alone = self_critical_sampled(run, batch).loss
+    run.settings = dataclasses.replace(run.settings, loss=LossConfig(lambda_ds=0.7))
+    run.model.register_forward_hook(lambda *x: seen.append(x[2]))
+    torch.manual_seed(1)
+    both = self_critical_sampled(run, batch).loss
+    mean = doubly_stochastic_penalty(seen[0].alphas, seen[0].mask).sum() / 9  # 3 images, 3 captions each
+    torch.testing.assert_close(both, alone + 0.7 * mean, check_dtype=False)

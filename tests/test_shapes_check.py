@@ -123,3 +123,15 @@ def test_the_command_searches_as_asked_and_says_how(tiny_checkpoint, tmp_path, c
     data.with_suffix(".instances.json").write_text('{"images": 5, "annotations": []}')
     assert main([*words, "--device", "cpu"]) == 2
     assert "shapes.instances.json: is not what preprocess shapes writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_noun_is_held_against_the_look_at_its_own_word(hard):
+    (said,) = caption("a large red square and a small blue circle", [0.0, 1.0, 0.0, 0.0]).values()
+    alphas = said.hypothesis.alphas.clone()
+    alphas[3], alphas[8] = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 0, 0, 1.0])  # at the nouns alone
+    places = alphas.argmax(dim=-1, keepdim=True) if hard else None
+    looked = dataclasses.replace(said.hypothesis, alphas=alphas, locations=places)
+    report = check({"000000.png": SplitCaption(said.text, looked)}, GRID, INSTANCES)
+    assert (report.nouns, report.hits) == (2, 1.0)
+    assert report.mass == pytest.approx(sum(SCENE.mask(i, SIZE).sum() for i in (0, 1)) / 2 / 16**2)

@@ -349,3 +349,8 @@ def test_the_seed_makes_the_scenes():
 def test_options_of_an_encoder_need_one(option, tmp_path, capsys):
     assert preprocess(["shapes", "--count", "3", "--output", str(tmp_path / "x.h5"), option, "7"]) == 2
     assert f"{option} needs --encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["karpathy", "--json", "d.json"], ["coco", "--captions", "c.json"]])
+def test_restval_is_train_unless_told(words):
+    assert preprocess_parser().parse_args([*words, "--images", "i", "--output", "x.h5"]).restval == "train"

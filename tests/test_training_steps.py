@@ -4,13 +4,17 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from conftest import ROOT
 from tiny_runs import STEPS, TINY, tiny_settings
 
 from captioning import training
 from captioning.checkpoint import load_checkpoint
+from captioning.run import start, start_accelerator
 
 
 def test_every_step_is_made_in_training_mode_though_the_same_model_was_validated(tiny_data, tmp_path, monkeypatch):
@@ -88,3 +92,26 @@ def test_a_gradient_that_is_not_finite_reaches_neither_the_weights_nor_what_was_
     with pytest.raises(ValueError, match=r"the gradient is not finite at step 1: lower optimizer\.learning_rate"):
         training.train(tiny_settings(tiny_data, tmp_path / "run", save_every=1))
     assert load_checkpoint(tmp_path / "run" / "last").about["progress"]["step"] == 1  # it is finite, or would not load
+
+
+def test_a_process_ends_with_one_whose_loss_is_no_number(tiny_data, tmp_path):
+    run = start(tiny_settings(tiny_data, tmp_path / "run"))
+    asked = []
+
+    def reduce(finite: torch.Tensor, reduction: str) -> torch.Tensor:
+        asked.append((finite.item(), reduction))
+        return finite / 2  # the mean of one and of the other's zero
+
+    run.accelerator = cast(Any, SimpleNamespace(num_processes=2, reduce=reduce))
+    with pytest.raises(ValueError, match="not finite at step 0"):  # or it would wait for the other for ever
+        training.refuse_what_is_not_finite(run, torch.tensor(1.0), torch.tensor(2.0))
+    assert asked == [(1.0, "mean")]
+
+
+def test_more_processes_than_gpus_are_refused_in_a_line(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 processes need as many GPUs \(found 1\)"):
+        start_accelerator(tiny_settings(tiny_data, tmp_path / "run"))

@@ -259,3 +259,12 @@ def test_a_caption_longer_than_the_learned_positions_is_refused_with_the_way_out
     with pytest.raises(ValueError, match=r"max_positions=4 is too few for a caption of 5 words"):
         search(decoder, a, SearchConfig(beam_size=2, max_length=30))
     assert len(search(decoder, a, SearchConfig(beam_size=2, max_length=3))[0][0].ids) == 3
+
+
+def test_the_alphas_are_the_last_layers():
+    decoder = decoder_of()
+    with torch.no_grad():  # the last layer asks nothing: it looks everywhere alike
+        for weight in decoder.layers[-1].look.query.parameters():
+            weight.zero_()
+    alphas = decoder(annotations(1), torch.tensor([[[START, 5, 6, END]]])).alphas
+    torch.testing.assert_close(alphas, torch.full_like(alphas, 1 / LOCATIONS))

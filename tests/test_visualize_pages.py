@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from made_photos import WORDS, made_photo, some_maps
 from PIL import Image
 
+from captioning import visualize
 from captioning.visualize import animation, html, overlay, save_gif
 from captioning.visualize_scene import blend, palette, prepare
 
@@ -169,3 +171,28 @@ def test_cells_smaller_than_a_pixel_can_be_outlined():
     frames = animation(made_photo(1600, 12), WORDS, some_maps(), betas=[0.1, 0.2, 0.3], locations=[0, 1, 2])
     assert len(frames) == 4
     assert len(animation(made_photo(1, 1), WORDS, some_maps(), locations=[0, 1, 2])) == 4
+
+
+def test_every_word_of_page_and_animation_has_its_own_numbers(monkeypatch):
+    photo, maps, betas, p = made_photo(120, 80), some_maps(), [0.1, 0.2, 0.3], [0.9, 0.5, 0.25]
+    known = {"betas": betas, "log_probs": np.log(p)}
+    numbers = [f"β {b:.2f}  p {q:.2f}" for b, q in zip(betas, p, strict=True)]
+    peaks = prepare(photo, WORDS, maps).peaks
+    wanted = [f"peak {peak:.1f}× uniform  ·  {both}" for peak, both in zip(peaks, numbers, strict=True)]
+    page = Page(html(photo, WORDS, maps, **known))
+    assert [attributes["data-note"] for _, attributes in page.tags if "data-note" in attributes] == wanted
+    seen, real = [], visualize._Sentence.frame
+    monkeypatch.setattr(visualize._Sentence, "frame", lambda *x: seen.append(x[3]) or real(*x))
+    animation(photo, WORDS, maps, **known)
+    assert seen == ["", *numbers]
+
+
+def test_the_legends_begin_dark_at_nothing_and_end_bright():
+    subject = made_photo(60, 40), ["x"], np.full((1, 2, 2), 0.25)
+    figure, _ = overlay(*subject)
+    (bar,) = [axis for axis in figure.axes if axis.get_label() == "legend"]
+    row = np.asarray(bar.images[0].get_array())[0].astype(int).sum(axis=-1)
+    assert tuple(bar.images[0].get_extent()) == (0, 1, 0, 1)
+    assert row[0] + 200 < row[-1]
+    colours = [sum(map(int, found)) for found in re.findall(r"rgb\((\d+) (\d+) (\d+)\)", html(*subject))]
+    assert colours[0] + 200 < colours[-1]
