@@ -302,7 +302,7 @@ def _common() -> argparse.ArgumentParser:
         "store those at these further sides, too (default: the checkpoint's, unless --image-size is given; or none)"
     )
     group.add_argument("--scales", type=int, nargs="*", default=own, help=scales)
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     return parser
 
 

@@ -125,7 +125,7 @@ def build(
         output: the HDF5 file. Until it is whole there is only the folder `OUTPUT.partial`.
         encoder: store annotation vectors of this network instead of pixels; its image size and fit are the settings'.
         encoder_state: its weights, of a checkpoint's encoder; by default the config says where they are.
-        device: of the encoder: auto, cpu or cuda.
+        device: of the encoder: auto, cpu, cuda, cuda:1, mps.
         workers: processes that decode photos; 0: this one, the default when the encoder is on the CPU.
         overwrite: replace an existing output, and what another unfinished run left.
         companions: text files that belong to the output; they are there before it is.
