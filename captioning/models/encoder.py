@@ -124,8 +124,10 @@ class Encoder(nn.Module):
     def forward(self, images: UInt8[Tensor, "N 3 S S"]) -> Float[Tensor, "N L D"]:
         """Annotation vectors, row by row over the grid of pictures of this size."""
         x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        # Apple's layers go back wrongly or slowly in channels_last (pytorch issues 175189 and 193349)
+        layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.network(x.contiguous(memory_format=torch.channels_last))["a"]
+            features = self.network(x.contiguous(memory_format=layout))["a"]
         return features.flatten(2).transpose(1, 2)
 
 

@@ -91,9 +91,13 @@ class WithPositions(RegionEncoder):
 
 
 class FullPrecisionLSTM(nn.LSTM):
-    """torch's LSTM, in fp32 where a GPU's autocast would take fp16, in which small gradients vanish."""
+    """torch's LSTM, in fp32 where a GPU's autocast would take fp16, in which small gradients vanish.
+
+    What it reads is made contiguous: on Apple's GPUs the gradient of anything else is wrong (pytorch issue 175189).
+    """
 
     def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
+        x = x.contiguous()
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
             with torch.autocast("cuda", enabled=False):
                 return super().forward(x.float(), state)
