@@ -5,6 +5,11 @@ python train.py --config flickr8k_soft --data data.h5 --output runs/soft
 
 import sys
 
+from captioning.extras import require
+
+if __name__ == "__main__":
+    require("train.py")
+
 from captioning.train import main
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -130,8 +130,9 @@ def _page(file: Path, title: str, *seen: Any, **looked: Any) -> None:
 OVERLAYS: dict[str, Callable[..., None]] = {".png": _tiles, ".gif": _animation, ".html": _page}
 """What `Caption.overlay` draws, by the ending of its file."""
 
-ImageLike = str | Path | bytes | io.IOBase | Image.Image | np.ndarray
+ImageLike = str | Path | bytes | bytearray | memoryview | io.IOBase | BinaryIO | Image.Image | np.ndarray
 """A file, what is in one, one that is open, a Pillow image, or an array: uint8, RGB, HWC, 0-255."""
+_BYTES = (bytes, bytearray, memoryview)
 
 
 class Captioner:
@@ -309,7 +310,7 @@ def _of_kinds(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, A
 
 
 def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    one = isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)) or hasattr(images, "read")
+    one = isinstance(images, (str, Path, *_BYTES, Image.Image, np.ndarray)) or hasattr(images, "read")
     if not one and not isinstance(images, Iterable):
         raise ValueError(f"images must be one or several (got {type(images).__name__})")
     return cast(Iterable[ImageLike], [images] if one else images)
@@ -319,7 +320,7 @@ def _read(image: ImageLike, name: str = "image") -> Image.Image:
     if isinstance(image, (str, Path)):
         return read_image(image)
     try:
-        if isinstance(image, bytes):
+        if isinstance(image, _BYTES):
             image = io.BytesIO(image)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:

@@ -166,7 +166,7 @@ def make_folders(options: argparse.Namespace, files: Sequence[Path]) -> None:
             raise ValueError(f"--{option} must name what to write (got '')")
     if options.overlay_format != parser().get_default("overlay_format") and not options.overlay:
         raise ValueError("--overlay-format: nothing is drawn; set --overlay too")
-    if options.json and options.json == options.overlay:
+    if options.json and options.json == options.overlay != "-":
         raise ValueError(f"--json and --overlay: a file and a folder cannot both be {options.json}")
     if options.overlay:
         if options.overlay_format != "html" and importlib.util.find_spec("matplotlib") is None:

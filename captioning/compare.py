@@ -32,7 +32,7 @@ from typing import Any
 from captioning.extras import require
 
 if __name__ == "__main__":
-    require("captioning.compare", "h5py", "accelerate")
+    require("captioning.compare")
 
 from accelerate.utils import parse_flag_from_env
 

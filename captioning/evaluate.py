@@ -22,7 +22,7 @@ from tqdm import tqdm
 from captioning.extras import require
 
 if __name__ == "__main__":
-    require("captioning.evaluate", "h5py")
+    require("captioning.evaluate")
 
 from captioning.api import search_config
 from captioning.checkpoint import Checkpoint, checkpoint_folder

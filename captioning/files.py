@@ -227,6 +227,8 @@ def make_folder(path: Path, option: str) -> None:
         raise NotADirectoryError(
             f"{option}: {path} is no folder and cannot become one: a file is in its place"
         ) from error
+    except PermissionError as error:
+        raise PermissionError(f"{option}: folder {path} cannot be made") from error
     if not os.access(path, os.W_OK):
         raise PermissionError(f"{option}: folder {path} cannot be written to")
 

@@ -5,10 +5,10 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar, cast
+from typing import IO, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from captioning.console import one_line
 from captioning.model_config import Fit, Resample
@@ -18,7 +18,10 @@ MAX_PIXELS = 100_000_000
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error)
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError),
+    struct.error,
+)
 """What Pillow raises of a file that is broken."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,12 +58,13 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         return read_image(path, max_pixels=max_pixels)
 
 
-def read_image(file: str | Path | io.IOBase, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(file: str | Path | io.IOBase | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`open_image` for threads: Pillow's warnings go wherever the process sends them, which is no thread's own.
 
     Takes a file that is open for reading, too, e.g. an `io.BytesIO`.
     """
-    path = file if isinstance(file, (str, Path)) else getattr(file, "name", "image data")
+    name = file if isinstance(file, (str, Path)) else getattr(file, "name", None)
+    path = name if isinstance(name, (str, Path)) else "image data"  # a file without a name may have a number
     if isinstance(file, (str, Path)) and not Path(file).is_file():
         what = "is no ordinary file" if Path(file).exists() else "no such image file"
         raise FileNotFoundError(f"{path}: {what}")
@@ -71,6 +75,8 @@ def read_image(file: str | Path | io.IOBase, *, max_pixels: int = MAX_PIXELS) ->
             return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too many pixels; at most {max_pixels:,} are opened") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: cannot be read as an image: it is none of {', '.join(_FORMATS)}") from error
     except _BROKEN as error:
         raise ValueError(f"{path}: cannot be read as an image: {one_line(error)}") from error
 

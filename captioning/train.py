@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from captioning.extras import require
 
 if __name__ == "__main__":
-    require("captioning.train", "h5py", "accelerate")
+    require("captioning.train")
 
 from captioning.console import exit_code
 from captioning.memory import keep_memory

@@ -1,7 +1,7 @@
 """The visible loop: settings in, a folder with the best and the last checkpoint out.
 
 Everything random in a step is seeded by (seed, step, process), and the order of an epoch by (seed, epoch): where a run
-stands is two numbers, and a run that was interrupted anywhere and resumed ends with the same bits.
+stands is two numbers, and on a CPU a run that was interrupted anywhere and resumed ends with the same bits.
 """
 
 import copy

@@ -15,7 +15,7 @@ from torch import Tensor
 from captioning.extras import require
 
 if __name__ == "__main__":
-    require("preprocess", "h5py")
+    require("preprocess")
 
 from captioning.checkpoint import checkpoint_folder, load_checkpoint
 from captioning.config import EncoderConfig, Precision

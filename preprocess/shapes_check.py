@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from captioning.extras import require
 
 if __name__ == "__main__":
-    require("preprocess.shapes_check", "h5py", "pycocotools")
+    require("preprocess.shapes_check")
 
 from pycocotools import mask as coco_mask
 

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from captioning import Captioner, images, load_captioner
+from captioning import Captioner, api, images, load_captioner
 from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.models.captioner import build_model
 
@@ -47,7 +47,7 @@ def png(photo: Image.Image) -> bytes:
 def test_a_photo_may_come_in_any_form_alone_or_with_others(captioner, photo, tmp_path):
     (tmp_path / "x.png").write_bytes(png(photo))
     path = tmp_path / "x.png"
-    forms = [path, str(path), png(photo), io.BytesIO(png(photo)), photo, np.asarray(photo)]
+    forms = [path, str(path), png(photo), io.BytesIO(png(photo)), bytearray(png(photo)), photo, np.asarray(photo)]
     (expected,) = captioner.caption([photo])
     for i, form in enumerate(forms):
         (alone,) = captioner.stream(form)
@@ -60,7 +60,7 @@ def test_a_photo_may_come_in_any_form_alone_or_with_others(captioner, photo, tmp
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        (b"no image", "image 1: image data: cannot be read as an image"),
+        (b"no image", "image 1: image data: cannot be read as an image: it is none of JPEG, PNG"),
         (np.zeros((4, 4)), r"image 1: an image array must be uint8 \(H, W, 3\), got float64 \(4, 4\)"),
         (Image.new("RGB", (0, 3)), "image 1: a photo has pixels, got 0x3"),
     ],
@@ -141,6 +141,13 @@ def test_threads_share_a_hard_captioner(hard, photo):
         np.testing.assert_equal(one.locations, other.locations)
 
 
+def test_searches_take_turns(hard, photo, monkeypatch):
+    real, locked = api.caption_images, []
+    monkeypatch.setattr(api, "caption_images", lambda *x, **y: locked.append(hard._turn.locked()) or real(*x, **y))
+    hard.caption(photo)
+    assert locked == [True]
+
+
 def test_reading_files_leaves_the_process_its_warnings(captioner, photo, tmp_path, monkeypatch):
     (tmp_path / "x.png").write_bytes(png(photo))
 
@@ -200,6 +207,7 @@ def test_types_are_there_for_those_who_check_them():
 @pytest.mark.parametrize(
     ("command", "module"),
     [
+        ("train.py", "tensorboard"),
         ("captioning.evaluate", "h5py"),
         ("captioning.train", "accelerate"),
         ("captioning.compare", "accelerate"),
@@ -208,7 +216,8 @@ def test_types_are_there_for_those_who_check_them():
     ],
 )
 def test_a_command_without_its_extra_says_which(command, module):
-    script = f"import sys, runpy; sys.modules[{module!r}] = None; runpy.run_module({command!r}, run_name='__main__')"
+    run = "run_path" if command.endswith(".py") else "run_module"
+    script = f"import sys, runpy; sys.modules[{module!r}] = None; runpy.{run}({command!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"{command}: needs {module} (this package's extra `train`)"]

@@ -19,6 +19,7 @@ from test_caption import captioned
 from captioning import load_captioner, visualize, visualize_html
 from captioning.api import OVERLAYS, Captioner
 from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.files import make_folder
 from captioning.images import open_image, to_square, visible_box
 from captioning.models.captioner import build_model
 from captioning.vocabulary import END
@@ -295,3 +296,30 @@ def test_a_name_that_would_steer_a_terminal_is_written_as_escapes(call_caption, 
     shutil.copy(photos / "a.png", tmp_path / "\x1b]0;mine\x07.png")
     _, out, _ = call_caption(tmp_path / "\x1b]0;mine\x07.png")
     assert out[0].startswith(f"{tmp_path}/\\x1b]0;mine\\x07.png\t")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([""], "an image must have a name (got '')"),
+        (["a.png", "--json", ""], "--json must name what to write (got '')"),
+        (["a.png", "--overlay", ""], "--overlay must name what to write (got '')"),
+        (["a.png", "--overlay-format", "html"], "--overlay-format: nothing is drawn; set --overlay too"),
+        (["a.png", "--json", "x", "--overlay", "x"], "--json and --overlay: a file and a folder cannot both be x"),
+    ],
+)
+def test_words_that_would_write_nothing_or_another_thing_are_refused(words, said, call_caption, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    before = sorted(photos.iterdir())
+    code, out, err = call_caption(*words)
+    assert (code, out, err) == (2, [], [f"caption: {said}"])
+    assert sorted(photos.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_option(monkeypatch, tmp_path):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(PermissionError, match=r"--overlay o: folder .*o cannot be made"):
+        make_folder(tmp_path / "o", "--overlay o")

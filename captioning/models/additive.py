@@ -66,7 +66,7 @@ class LateKeys(NamedTuple):
 def additive_scores(
     query: Float[Tensor, "N K k"], keys: Tensor | LateKeys, v: Float[Tensor, " k"]
 ) -> Float[Tensor, "N K L"]:
-    """sum_j v_j tanh(x_j + y_j) from `exp2x` of queries y and keys x."""
+    """sum_j v_j tanh(x_j + y_j) from `exp2x` of queries y and keys x; late keys have brought their own v."""
     if isinstance(keys, Tensor):
         (keys,) = late_keys(keys, v, [query.shape[:2]])
     return _Scores.apply(query, keys.last, keys.n, keys.sums)
