@@ -11,7 +11,7 @@ from captioning.settings import parse_settings
 from preprocess.shapes import make_scene
 
 MEASURED = {
-    "flickr8k_hard": "93cba6bd865c",
+    "flickr8k_hard": "d8f70f36ea63",
     "flickr8k_hard_tuned": "67a5efa42db6",
     "flickr8k_soft": "e911e3030941",
     "flickr8k_soft_finetuned": "d1935b1c3a87",
