@@ -23,6 +23,7 @@ from captioning.config import DecoderConfig, HardConfig
 from captioning.data import load_batches
 from captioning.hard_objective import hard_loss
 from captioning.losses import word_nll
+from captioning.memory import keep_memory
 from captioning.models.decoder import Decoder
 from captioning.models.registry import build_decoder
 from captioning.plan import plan
@@ -34,8 +35,8 @@ from captioning.training import train_step
 BATCH = ["--batch_size", "40", "--captions_per_image", "1"]
 """That of flickr8k_hard, for both recipes."""
 ONE_PLACE = ["--decoder.glimpses", "1", "--decoder.window", "0", "--hard.lambda_e", "0"]
-ONE_PLACE += ["--hard.expectation_probability", "0"]
-"""The paper's look in the place of that recipe's."""
+ONE_PLACE += ["--hard.expectation_probability", "0", "--optimizer.average_decay", "0"]
+"""The paper's look in the place of that recipe's, and no average of the weights, which the soft recipe has not."""
 BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
 STEPS = {
     "soft": (None, None),
@@ -118,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, overrides = parser.parse_known_args(arguments)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
+    keep_memory()  # as training does
     shared = (chosen.locations, chosen.annotation_dim, chosen.dim, chosen.dim, chosen.vocabulary)
     title = f"{chosen.locations}x{chosen.annotation_dim}"
     actions = [decoder_step(Sizes(chosen.images, 1, *shared), hard) for hard, _ in STEPS.values()]
