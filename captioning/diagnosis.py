@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from captioning.config import HardConfig
 from captioning.data import ANNOTATIONS, Batch, CaptionData, Collate, resizing
 from captioning.diagnostics import (
+    apart,
     as_many_at_random,
     gradient_signal_to_noise,
     means_by,
@@ -56,6 +57,7 @@ class _Words(NamedTuple):
     alphas: Float[Tensor, "W L"]
     ids: Integer[Tensor, " W"]
     captions: Integer[Tensor, " W"]
+    images: Integer[Tensor, " W"]
     positions: Integer[Tensor, " W"]
 
 
@@ -102,7 +104,8 @@ def diagnose(
             _add(nll, "as it is", output)
             if output.alphas is None:
                 continue
-            parts.append(_words_of(output, output.alphas, int(parts[-1].captions[-1]) + 1 if parts else 0))
+            before = parts[-1] if parts else None
+            parts.append(_words_of(output, output.alphas, before))
             if attention_of(decoder) is not None:
                 looked = _looked(output, output.alphas)
                 for name, alphas in replacements(looked, output.mask, grid, generator).items():
@@ -172,11 +175,13 @@ def _looked(output: Output, alphas: Float[Tensor, "N K T L"]) -> Float[Tensor, "
     return torch.zeros_like(alphas).scatter(-1, places, weights / weights.sum(dim=-1, keepdim=True))
 
 
-def _words_of(output: Output, alphas: Float[Tensor, "N K T L"], first: int) -> _Words:
-    """The real words of a batch, whose captions are numbered from `first`."""
-    rows, positions = output.mask.flatten(0, 1).nonzero().cpu().unbind(dim=1)
-    captions = rows.unique(return_inverse=True)[1] + first
-    return _Words(alphas[output.mask].float().cpu(), output.targets.cpu(), captions, positions)
+def _words_of(output: Output, alphas: Float[Tensor, "N K T L"], before: _Words | None) -> _Words:
+    """The real words of a batch, whose captions and images are numbered on from those `before`."""
+    images, slots, positions = output.mask.nonzero().cpu().unbind(dim=1)
+    captions = images * output.mask.shape[1] + slots
+    if before is not None:
+        images, captions = images + before.images[-1] + 1, captions + before.captions[-1] + 1
+    return _Words(alphas[output.mask].float().cpu(), output.targets.cpu(), captions, images, positions)
 
 
 def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, *, places: bool) -> dict[str, Any]:
@@ -187,6 +192,7 @@ def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, 
     by_position, reached = means_by(entropies, words.positions, int(words.positions.max()) + 1)
     nouns = classes == CLASSES.index(NOUN)
     others = as_many_at_random(words.captions, nouns, generator)
+    again, other, elsewhere = apart(*(x[nouns] for x in words))
     present = [i for i, size in enumerate(sizes) if size]
     return {
         "locations": words.alphas.shape[-1],
@@ -197,6 +203,9 @@ def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, 
         "mutual_information_null": shuffled_mutual_information(words.alphas, words.ids, generator),
         "movement_nouns": movement(words.alphas, words.captions, nouns),
         "movement_words": movement(words.alphas, words.captions, others),
+        "apart_one_noun": again,
+        "apart_two_nouns": other,
+        "apart_two_images": elsewhere,
         "entropy_by_class": {CLASSES[i]: by_class[i] for i in present},
         "share_of_class": {CLASSES[i]: sizes[i] / len(words.ids) for i in present},
         "entropy_by_position": [x for x, n in zip(by_position, reached, strict=True) if n >= reached[0] / 10],

@@ -27,6 +27,9 @@ class Diagnosis:
     mutual_information_null: float | None = None
     movement_nouns: float | None = None
     movement_words: float | None = None
+    apart_one_noun: float | None = None
+    apart_two_nouns: float | None = None
+    apart_two_images: float | None = None
     entropy_by_class: Mapping[str, float] | None = None
     share_of_class: Mapping[str, float] | None = None
     entropy_by_position: Sequence[float] | None = None
@@ -42,6 +45,10 @@ class Diagnosis:
     def _heads(self) -> str:
         return f"; of the mean of {self.heads} heads" if self.heads > 1 else ""
 
+    @property
+    def _other_nouns(self) -> str:
+        return f"another noun: {self.apart_two_nouns:.4f}; another image: {self.apart_two_images:.4f}"
+
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON values, rounded, without what is not there."""
         return {name: _rounded(value) for name, value in asdict(self).items() if value is not None}
@@ -56,6 +63,9 @@ class Diagnosis:
             "mutual_information_null": self.mutual_information_null,
             "movement_nouns": self.movement_nouns,
             "movement_words": self.movement_words,
+            "apart_one_noun": self.apart_one_noun,
+            "apart_two_nouns": self.apart_two_nouns,
+            "apart_two_images": self.apart_two_images,
             "listening_gap": self.listening_gap,
             "gradient_snr": self.gradient_snr,
         }
@@ -99,6 +109,7 @@ class Diagnosis:
         rows += [
             ("mutual information", f"{self.mutual_information:.4f}  (shuffled: {self.mutual_information_null:.4f})"),
             ("moves between nouns", f"{self.movement_nouns:.4f}  (between random words: {self.movement_words:.4f})"),
+            ("a noun told again", f"{self.apart_one_noun:.4f}  ({self._other_nouns})"),
         ]
         if self.listening is None:
             rows.append(("listening test", "not possible: several heads, or no attention asked word by word"))

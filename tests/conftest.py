@@ -23,6 +23,7 @@ from captioning import training  # noqa: E402  hooked imports come after
 from captioning.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
 from captioning.config import DecoderConfig, EncoderConfig, SearchConfig  # noqa: E402
 from captioning.data import CaptionData  # noqa: E402
+from captioning.metrics import java_found  # noqa: E402
 from captioning.models.captioner import build_model  # noqa: E402
 from captioning.vocabulary import END, START  # noqa: E402
 from preprocess.build import BuildSettings, build  # noqa: E402
@@ -46,6 +47,15 @@ def shared() -> Callable[..., Path]:
         return path
 
     return find
+
+
+@pytest.fixture(autouse=True)
+def _java(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Java for tests marked `java`, which are skipped where there is none; the others are as on a machine without."""
+    if request.node.get_closest_marker("java") is None:
+        monkeypatch.setattr("captioning.metrics.java_found", lambda: False)
+    elif not java_found():
+        pytest.skip("needs Java (METEOR, SPICE and the PTB tokenizer)")
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,8 @@ def test_the_numbers_of_words_by_hand():
     vocabulary = Vocabulary([*SPECIAL, "a", "dog", "near", "cat"])
     ids = torch.tensor([4, 5, 6, 4, 7, END, 5, END])
     alphas = torch.tensor([[1, 0], [0.5, 0.5], [0, 1], [1, 0], [0.25, 0.75], [0, 1], [0.5, 0.5], [0, 1.0]])
-    words = diagnosis._Words(alphas, ids, torch.tensor([0] * 6 + [1] * 2), torch.tensor([0, 1, 2, 3, 4, 5, 0, 1]))
+    captions, positions = torch.tensor([0] * 6 + [1] * 2), torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
+    words = diagnosis._Words(alphas, ids, captions, torch.zeros_like(ids), positions)
     found = diagnosis._numbers(words, vocabulary, torch.Generator().manual_seed(0), places=True)
     quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
     assert found["entropy"] == pytest.approx((2 + quarter) / 8)
@@ -82,11 +83,14 @@ def test_the_numbers_of_words_by_hand():
     assert found["largest"] == pytest.approx((5 + 0.5 + 0.75 + 0.5) / 8)
     assert found["off_argmax"] == pytest.approx(1 - found["largest"])
     assert found["movement_nouns"] == pytest.approx(0.25)  # from dog to cat; the second caption has one noun
+    assert found["apart_one_noun"] == 0  # the dogs; the cat is three words further than the second of them
+    assert math.isnan(found["apart_two_nouns"])
+    assert math.isnan(found["apart_two_images"])
 
 
 def test_among_nouns_alone_all_words_move_as_nouns_do():
     alphas = torch.tensor([[1, 0], [0.5, 0.5], [0, 1.0]])
-    words = diagnosis._Words(alphas, torch.tensor([4, 4, 4]), torch.tensor([0, 0, 0]), torch.arange(3))
+    words = diagnosis._Words(alphas, torch.tensor([4, 4, 4]), *torch.zeros(2, 3, dtype=torch.long), torch.arange(3))
     vocabulary = Vocabulary([*SPECIAL, "dog"])
     found = diagnosis._numbers(words, vocabulary, torch.Generator().manual_seed(0), places=False)
     assert (found["movement_nouns"], found["movement_words"]) == (0.5, 0.5)
@@ -96,10 +100,13 @@ def test_padding_and_absent_captions_are_no_words():
     mask = torch.tensor([[[True, True, False], [True, False, False]], [[True, True, True], [False, False, False]]])
     alphas = torch.arange(12.0).view(2, 2, 3, 1)
     output = Output(torch.zeros(6, 9), torch.tensor([4, 2, 2, 5, 6, 2]), mask, alphas, None)
-    words = diagnosis._words_of(output, alphas, 7)
+    before = diagnosis._Words(torch.ones(1, 1), *torch.tensor([[2], [6], [4], [0]]))
+    words = diagnosis._words_of(output, alphas, before)
     assert words.alphas.flatten().tolist() == [0, 1, 3, 6, 7, 8]
     assert words.ids.tolist() == [4, 2, 2, 5, 6, 2]
     assert words.captions.tolist() == [7, 7, 8, 9, 9, 9]
+    assert words.images.tolist() == [5, 5, 5, 6, 6, 6]
+    assert diagnosis._words_of(output, alphas, None).images.tolist() == [0, 0, 0, 1, 1, 1]
     assert words.positions.tolist() == [0, 1, 0, 0, 1, 2]
 
 
@@ -291,7 +298,7 @@ def test_line_and_table_show_the_numbers(checkpoint, data):
     assert "\n" not in found.line()
     assert f"listening gap {found.listening['exchanged']:.4f} nats/word" in found.line()
     table = found.table()
-    for name in ("article", "noun", "by position", "mutual information", "moves between nouns", "NLL, exchanged"):
+    for name in ("article", "noun", "by position", "mutual information", "a noun told again", "NLL, exchanged"):
         assert name in table
     assert f"{found.listening['exchanged']:+.4f}" in table
     assert "gradient" not in found.line() + table

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from captioning.diagnostics import (
+    apart,
     as_many_at_random,
     collapse,
     gradient_signal_to_noise,
@@ -88,6 +89,25 @@ def test_movement_is_measured_between_successive_chosen_words_of_one_caption():
 
 def test_movement_without_a_pair_is_no_number():
     assert math.isnan(movement(torch.ones(2, 1), torch.tensor([0, 1]), torch.tensor([True, True])))
+
+
+def test_words_are_compared_across_captions_of_one_image_and_of_neighbouring_ones():
+    # Words 7 and 8 at positions 0 and 1, in two captions of image 0, in one of image 1 and one of image 2.
+    ids, positions = torch.tensor([7, 8] * 4), torch.tensor([0, 1] * 4)
+    captions, images = torch.arange(4).repeat_interleave(2), torch.tensor([0, 0, 1, 2]).repeat_interleave(2)
+    first = torch.tensor([0.0, 1, 0.25, 0.75, 0.5, 1, 0.5, 0])
+    alphas = torch.stack((first, 1 - first), dim=1)
+    again, other, elsewhere = apart(alphas, ids, captions, images, positions)
+    assert again == pytest.approx((0.25 + 0.25) / 2)
+    assert other == pytest.approx((0.75 + 0.75) / 2)  # 0 to 0.75 and 1 to 0.25
+    # 7: 0 and 0.25 to 0.5, 0.5 to 0.5; 8: 1 and 0.75 to 1, 1 to 0. Images 0 and 2 are no neighbours.
+    assert elsewhere == pytest.approx((0.5 + 0.25 + 0 + 0 + 0.25 + 1) / 6)
+
+
+def test_words_two_positions_apart_are_not_compared():
+    words = torch.tensor([7, 7]), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.long)
+    assert apart(torch.eye(2), *words, torch.tensor([3, 4]))[0] == 1
+    assert math.isnan(apart(torch.eye(2), *words, torch.tensor([3, 5]))[0])
 
 
 def test_random_words_are_as_many_in_every_caption():

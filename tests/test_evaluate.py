@@ -18,7 +18,6 @@ from captioning.compatibility import check_fits
 from captioning.config import EncoderConfig, SearchConfig
 from captioning.data import CaptionData
 from captioning.evaluate import main
-from captioning.metrics import java_found
 from captioning.models.captioner import CaptioningModel, build_model
 from captioning.models.encoder import build_encoder
 from captioning.vocabulary import END
@@ -41,12 +40,6 @@ def call(capsys):
 
 
 @pytest.fixture
-def no_java(monkeypatch):
-    """As on a machine without Java, whose start takes seconds."""
-    monkeypatch.setattr("captioning.metrics.java_found", lambda: False)
-
-
-@pytest.fixture
 def references(tiny_data: Path, tmp_path: Path) -> Path:
     """The references of the val split, as a JSON mapping."""
     data = CaptionData(tiny_data)
@@ -55,6 +48,7 @@ def references(tiny_data: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.java
 @pytest.mark.slow
 def test_a_split_is_captioned_and_scored(call, tiny_checkpoint, tiny_data):
     code, out, err = call(
@@ -63,7 +57,7 @@ def test_a_split_is_captioned_and_scored(call, tiny_checkpoint, tiny_data):
     scores = json.loads(out[-1])
     assert (code, err) == (0, [])
     assert [key for key in scores if key in KEYS] == KEYS
-    assert ("METEOR" in scores) == java_found()
+    assert "METEOR" in scores
     assert all(0 <= scores[key] <= 10 for key in KEYS)
     assert (scores["images"], scores["split"], scores["beam_size"]) == (4, "val", 5)
     table = "\n".join(out[:-1])
@@ -71,7 +65,6 @@ def test_a_split_is_captioned_and_scored(call, tiny_checkpoint, tiny_data):
         assert re.search(rf"{key}\s+{scores[key]:.4f}", table)
 
 
-@pytest.mark.usefixtures("no_java")
 def test_results_scored_again_give_the_same_numbers(call, tiny_checkpoint, tiny_data, references, tmp_path):
     words = ("--tokenizer", "python")
     _, out, _ = call(
@@ -87,7 +80,6 @@ def test_results_scored_again_give_the_same_numbers(call, tiny_checkpoint, tiny_
     assert {key: second[key] for key in (*KEYS, "images")} == {key: first[key] for key in (*KEYS, "images")}
 
 
-@pytest.mark.usefixtures("no_java")
 def test_a_data_file_is_a_file_of_references(call, tiny_data, references, tmp_path):
     truth = json.loads(references.read_text())
     (tmp_path / "r.json").write_text(json.dumps([{"image_id": key, "caption": truth[key][0]} for key in truth]))
@@ -99,7 +91,6 @@ def test_a_data_file_is_a_file_of_references(call, tiny_data, references, tmp_pa
     assert str(tmp_path / "no.h5") in err[0]
 
 
-@pytest.mark.usefixtures("no_java")
 def test_perfect_captions_score_one(call, references, tmp_path):
     truth = json.loads(references.read_text())
     (tmp_path / "r.json").write_text(json.dumps([{"image_id": key, "caption": truth[key][0]} for key in truth]))
@@ -108,7 +99,6 @@ def test_perfect_captions_score_one(call, references, tmp_path):
     assert [scores[key] for key in KEYS[:5]] == pytest.approx([1] * 5, abs=1e-6)
 
 
-@pytest.mark.usefixtures("no_java")
 def test_another_split_and_a_limit(call, tiny_checkpoint, tiny_data, tmp_path):
     words = ("--split", "train", "--limit", 3, "--beam-size", 1, "--batch-size", 2, "--tokenizer", "python")
     _, out, _ = call("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--output", tmp_path / "r.json", *words)
@@ -126,7 +116,6 @@ def test_too_few_images_to_diagnose_are_refused_before_they_are_captioned(
     assert (code, err) == (2, ["evaluate: diagnosing attention needs two images or more (got 1)"])
 
 
-@pytest.mark.usefixtures("no_java")
 def test_a_diagnosis_looks_where_the_search_looks_and_at_every_size(call, two_scales, tiny_data, tmp_path, monkeypatch):
     soft = load_checkpoint(two_scales)
     decoder = dataclasses.replace(TINY_DECODER, attention="hard")
@@ -147,7 +136,6 @@ def test_a_diagnosis_looks_where_the_search_looks_and_at_every_size(call, two_sc
     assert [found[name]["gradient_snr"] for name in ("diagnosis", "diagnosis_48")] == [10.0, 11.0]
 
 
-@pytest.mark.usefixtures("no_java")
 def test_what_cannot_be_scored_is_refused_before_and_captions_are_kept(
     call, tiny_checkpoint, tiny_data, tmp_path, monkeypatch
 ):
@@ -172,7 +160,6 @@ def test_the_data_file_is_not_written_over(call, tiny_checkpoint, tiny_data, tmp
     assert Path(data).read_bytes() == tiny_data.read_bytes()
 
 
-@pytest.mark.usefixtures("no_java")
 def test_the_attention_of_every_size_is_diagnosed(call, two_scales, tiny_data):
     words = ("--checkpoint", two_scales, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
     code, out, err = call(*words, "--diagnose", 4)
@@ -185,7 +172,6 @@ def test_the_attention_of_every_size_is_diagnosed(call, two_scales, tiny_data):
         assert out[i + 2].endswith(f"{found[name]['nll']:.4f}")
 
 
-@pytest.mark.usefixtures("no_java")
 def test_a_size_whose_vectors_are_not_stored_is_not_diagnosed(call, tiny_annotations, tmp_path):
     data = CaptionData(tiny_annotations)
     config = dataclasses.replace(data.encoder, scales=(48,))
@@ -199,7 +185,6 @@ def test_a_size_whose_vectors_are_not_stored_is_not_diagnosed(call, tiny_annotat
     assert "diagnosis_48" not in found
 
 
-@pytest.mark.usefixtures("no_java")
 def test_attention_is_diagnosed_when_asked(call, tiny_checkpoint, tiny_data):
     words = ("--checkpoint", tiny_checkpoint, "--data", tiny_data, "--beam-size", 1, "--tokenizer", "python")
     _, without, _ = call(*words)
@@ -224,7 +209,6 @@ def captions_of(call, checkpoint: Path, data: Path, path: Path) -> list[str]:
     return [row["caption"] for row in json.loads(path.read_text())]
 
 
-@pytest.mark.usefixtures("no_java")
 def test_pixels_and_annotation_vectors_give_the_same_captions(
     call, tiny_checkpoint, tiny_data, tiny_annotations, tmp_path
 ):
@@ -234,7 +218,6 @@ def test_pixels_and_annotation_vectors_give_the_same_captions(
     assert one == other
 
 
-@pytest.mark.usefixtures("no_java")
 def test_a_checkpoint_in_half_precision_still_fits_its_annotation_vectors(
     call, tiny_checkpoint, tiny_annotations, tmp_path
 ):
@@ -242,7 +225,6 @@ def test_a_checkpoint_in_half_precision_still_fits_its_annotation_vectors(
     assert len(captions_of(call, tmp_path / "half", tiny_annotations, tmp_path / "r.json")) == 4
 
 
-@pytest.mark.usefixtures("no_java")
 def test_a_checkpoint_is_scored_with_its_own_search_and_the_table_says_which(
     call, tiny_checkpoint, tiny_annotations, tmp_path
 ):
@@ -257,7 +239,6 @@ def test_a_checkpoint_is_scored_with_its_own_search_and_the_table_says_which(
         assert max(map(len, captions)) == length
 
 
-@pytest.mark.usefixtures("no_java")
 @pytest.mark.parametrize(("end", "unfinished"), [(-1e4, 4), (1e4, 0)], ids=["never ends", "ends at once"])
 def test_captions_that_found_no_end_are_counted(end, unfinished, call, tiny_checkpoint, tiny_annotations, tmp_path):
     checkpoint = load_checkpoint(tiny_checkpoint)
@@ -270,7 +251,6 @@ def test_captions_that_found_no_end_are_counted(end, unfinished, call, tiny_chec
     assert f"unfinished: {unfinished}" in out
 
 
-@pytest.mark.usefixtures("no_java")
 def test_pixels_of_another_size_are_resized(call, tiny_checkpoint, tmp_path):
     settings = BuildSettings(image_size=48, min_count=1)
     build(shapes(10), {"name": "shapes"}, settings, output=tmp_path / "48.h5", device="cpu", workers=0)

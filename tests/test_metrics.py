@@ -5,10 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from captioning import metrics
-from captioning.metrics import PTB_TOKENISATION, PYTHON_TOKENISATION, cider, java_found, score
-
-needs_java = pytest.mark.skipif(not java_found(), reason="needs Java (METEOR and the PTB tokenizer)")
+from captioning.metrics import PTB_TOKENISATION, PYTHON_TOKENISATION, cider, score
 
 JAVA_FREE = ("BLEU", "ROUGE-L", "CIDEr")
 
@@ -35,13 +32,8 @@ def made_captions(count):
     return {i: sentence() for i in references}, references
 
 
-@pytest.fixture
-def no_java(monkeypatch):
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
-
-
 @pytest.mark.slow  # METEOR takes seconds to start
-@needs_java
+@pytest.mark.java
 def test_scores_equal_the_coco_evaluation_of_pycocoevalcap(monkeypatch, capfd):
     from pycocoevalcap import eval as coco_eval
 
@@ -74,7 +66,7 @@ def test_scores_equal_the_coco_evaluation_of_pycocoevalcap(monkeypatch, capfd):
 
 
 @pytest.mark.slow  # METEOR takes seconds to start
-@needs_java
+@pytest.mark.java
 def test_unusual_and_empty_captions_keep_every_image_in_its_place():
     odd = ["", "|||", "a ||| b", "\x00", "x\u2028y\x85z", "\ud800", "😀", "a\nb\rc", "..."]
     candidates = dict(enumerate(odd)) | {"last": "a small dog runs"}
@@ -85,7 +77,7 @@ def test_unusual_and_empty_captions_keep_every_image_in_its_place():
     assert all(scores.per_image[i]["METEOR"] < 0.5 for i in range(len(odd)))
 
 
-@needs_java
+@pytest.mark.java
 def test_both_tokenisations_give_the_same_scores_for_plain_captions():
     candidates = {1: "A dog's ball .", 2: "Two men walk"}
     references = {1: ["A dog's red ball ."], 2: ["Two men walk home .", "Men don't walk"]}
@@ -94,7 +86,7 @@ def test_both_tokenisations_give_the_same_scores_for_plain_captions():
     assert (ptb.tokenisation, python.tokenisation) == (PTB_TOKENISATION, PYTHON_TOKENISATION)
 
 
-@needs_java
+@pytest.mark.java
 def test_meteor_that_dies_is_one_error_and_no_hang(monkeypatch):
     from pycocoevalcap.meteor import meteor
 
@@ -103,7 +95,7 @@ def test_meteor_that_dies_is_one_error_and_no_hang(monkeypatch):
         score({1: "a"}, {1: ["a"]}, metrics=("METEOR",))
 
 
-@needs_java
+@pytest.mark.java
 def test_ptb_tokenizer_that_fails_is_one_error(monkeypatch):
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -162,7 +154,7 @@ def test_empty_candidates_score_nothing_and_do_not_crash():
     assert all(value == pytest.approx(0) for value in scores.values.values())
 
 
-def test_without_java_meteor_is_left_out_and_named(no_java):
+def test_without_java_meteor_is_left_out_and_named():
     scores = score({1: "a dog"}, {1: ["a dog"]})
     assert list(scores.values) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
     assert scores.tokenisation == PYTHON_TOKENISATION
@@ -171,12 +163,12 @@ def test_without_java_meteor_is_left_out_and_named(no_java):
 
 
 @pytest.mark.parametrize("settings", [{"tokenizer": "ptb"}, {"metrics": ("METEOR",)}])
-def test_asking_for_java_without_java_is_an_error(no_java, settings):
+def test_asking_for_java_without_java_is_an_error(settings):
     with pytest.raises(ValueError, match="no java on the PATH"):
         score({1: "a"}, {1: ["a"]}, **settings)
 
 
-@needs_java
+@pytest.mark.java
 def test_spice_that_cannot_be_downloaded_is_left_out_with_the_reason(monkeypatch):
     from pycocoevalcap.spice import spice
 

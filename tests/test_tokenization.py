@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning.metrics import java_found
 from captioning.tokenization import FLICKR8K_AGREEMENT, PUNCTUATION, clean_text, detokenize, tokenize
 
 
@@ -84,7 +83,7 @@ def test_clean_text_holds_no_line_end_and_no_lone_surrogate():
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not java_found(), reason="needs Java, to run the PTB tokenizer")
+@pytest.mark.java
 def test_flickr8k_captions_agree_with_the_ptb_tokenizer_as_often_as_stated(shared):
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
