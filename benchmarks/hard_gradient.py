@@ -41,6 +41,8 @@ from captioning.models.attention import HardAttention, SoftAttention
 from captioning.reward_baselines import Baseline
 from captioning.vocabulary import PAD
 
+WARM_UP = 30
+"""Batches that a baseline has seen before its estimates count."""
 BASE = HardConfig(lambda_e=0.0, expectation_probability=0.0)
 PAPER, CHOSEN = "sentence, moving average (eq. 12)", "to-go, leave-one-out, K = 5"
 ESTIMATORS = {
@@ -113,7 +115,7 @@ def warm_up(oracle: Oracle, hard: HardConfig, baseline: Baseline, copies: int) -
     if hard.baseline not in ("moving_average", "learned"):
         return
     optimizer = torch.optim.Adam(baseline.parameters(), lr=0.01) if list(baseline.parameters()) else None
-    for seed in range(30):
+    for seed in range(WARM_UP):
         baseline.zero_grad()
         estimate(oracle, hard, baseline, copies=copies, seed=10_000 + seed, learn=optimizer is not None)
         if optimizer is not None:

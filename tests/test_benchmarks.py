@@ -94,7 +94,8 @@ def test_the_estimators_are_measured_by_hand(monkeypatch):
     assert row.variance == pytest.approx(5 * 10 / 25)
 
 
-def test_the_estimators_table_has_oracle_batch_and_verdicts(tiny_annotations, tmp_path, capsys):
+def test_the_estimators_table_has_oracle_batch_and_verdicts(tiny_annotations, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hard_gradient, "WARM_UP", 2)
     best = training.train(tiny_settings(tiny_annotations, tmp_path / "run", **STORED, epochs=1))
     words = ["--data", str(tiny_annotations), "--checkpoint", str(best), "--images", "2"]
     assert hard_gradient.main([*words, "--draws", "2", "--oracle-draws", "2"]) == 0

@@ -41,7 +41,7 @@ def settings_of(name: str, data: Path, output: Path, **changes) -> Settings:
         encoder=EncoderConfig(name="resnet18", image_size=32),
         decoder=FAMILY[name],
         loss=LossConfig(lambda_ds=0.0 if name == "lstm" else 1.0),
-        validation=ValidationConfig(search=SearchConfig(beam_size=2, max_length=8)),
+        validation=ValidationConfig(diagnose_images=4, search=SearchConfig(beam_size=2, max_length=8)),
         epochs=1,
         workers=0,
         precision="bf16",

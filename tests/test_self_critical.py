@@ -46,7 +46,7 @@ TINY = {
     "decoder": DecoderConfig(embedding_dim=8, hidden_dim=12, attention_dim=6, dropout=0.3),
     "optimizer": OptimizerConfig(learning_rate=0.01, average_decay=0.9, warmup_steps=3),
     "self_critical": SelfCriticalConfig(epochs=1, samples=3, max_length=8, learning_rate=0.002, schedule="linear"),
-    "validation": ValidationConfig(search=SearchConfig(beam_size=1, max_length=8)),
+    "validation": ValidationConfig(diagnose_images=4, search=SearchConfig(beam_size=1, max_length=8)),
     "epochs": 2,
     "batch_size": 8,
     "workers": 0,

@@ -122,11 +122,10 @@ def test_training_says_plainly_when_attention_has_collapsed(epochs, after, tiny_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scales", [(), (48,)], ids=["one scale", "two scales"])
-def test_two_processes_train_to_nearly_the_weights_of_one(scales, tiny_data, tmp_path):
+def test_two_processes_train_to_nearly_the_weights_of_one(tiny_data, tmp_path):
     # Without dropout, augmentation and batch statistics the gradients are the same up to the order of sums.
     changes = {
-        "encoder": dataclasses.replace(TINY["encoder"], batch_norm="frozen", scales=scales),
+        "encoder": dataclasses.replace(TINY["encoder"], batch_norm="frozen", scales=(48,)),
         "decoder": dataclasses.replace(TINY["decoder"], dropout=0.0),
         "optimizer": OptimizerConfig(learning_rate=0.001, encoder_learning_rate=0.001),
         "augment": "none",
@@ -186,7 +185,7 @@ def test_training_stops_early_when_cider_gains_no_more(tiny_data, tmp_path, caps
 def test_training_lowers_the_loss_of_its_captions(tiny_data, tmp_path):
     validation = ValidationConfig(every=99, search=SearchConfig(beam_size=1))
     decoder = DecoderConfig(embedding_dim=32, hidden_dim=64, attention_dim=16, dropout=0.0)
-    settings = tiny_settings(tiny_data, tmp_path / "run", epochs=20, decoder=decoder, validation=validation)
+    settings = tiny_settings(tiny_data, tmp_path / "run", epochs=10, decoder=decoder, validation=validation)
     training.train(settings)
     data = CaptionData(tiny_data)
     dataset = CaptionDataset(data, sides=(32,))

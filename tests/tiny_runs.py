@@ -25,7 +25,7 @@ TINY = {
     ),
     "decoder": DecoderConfig(embedding_dim=8, hidden_dim=12, attention_dim=6, dropout=0.3),
     "optimizer": OptimizerConfig(learning_rate=0.01, encoder_learning_rate=0.01, average_decay=0.9, warmup_steps=3),
-    "validation": ValidationConfig(search=SearchConfig(beam_size=2, max_length=8)),
+    "validation": ValidationConfig(diagnose_images=4, search=SearchConfig(beam_size=2, max_length=8)),
     "epochs": 2,
     "batch_size": 8,
     "workers": 0,
