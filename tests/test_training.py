@@ -185,7 +185,7 @@ def test_training_stops_early_when_cider_gains_no_more(tiny_data, tmp_path, caps
 def test_training_lowers_the_loss_of_its_captions(tiny_data, tmp_path):
     validation = ValidationConfig(every=99, search=SearchConfig(beam_size=1))
     decoder = DecoderConfig(embedding_dim=32, hidden_dim=64, attention_dim=16, dropout=0.0)
-    settings = tiny_settings(tiny_data, tmp_path / "run", epochs=10, decoder=decoder, validation=validation)
+    settings = tiny_settings(tiny_data, tmp_path / "run", epochs=15, decoder=decoder, validation=validation)
     training.train(settings)
     data = CaptionData(tiny_data)
     dataset = CaptionDataset(data, sides=(32,))
