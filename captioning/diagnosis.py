@@ -20,6 +20,7 @@ from captioning.diagnostics import (
     apart,
     as_many_at_random,
     gradient_signal_to_noise,
+    histories,
     means_by,
     movement,
     mutual_information,
@@ -192,7 +193,7 @@ def _numbers(words: _Words, vocabulary: Vocabulary, generator: torch.Generator, 
     by_position, reached = means_by(entropies, words.positions, int(words.positions.max()) + 1)
     nouns = classes == CLASSES.index(NOUN)
     others = as_many_at_random(words.captions, nouns, generator)
-    again, other, elsewhere = apart(*(x[nouns] for x in words))
+    again, other, elsewhere = apart(*(x[nouns] for x in (*words, histories(words.ids, words.captions))))
     present = [i for i, size in enumerate(sizes) if size]
     return {
         "locations": words.alphas.shape[-1],

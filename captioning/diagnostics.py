@@ -70,17 +70,29 @@ def movement(alphas: Float[Tensor, "W L"], captions: Integer[Tensor, " W"], chos
     return (0.5 * (alphas[1:] - alphas[:-1]).abs().sum(dim=-1))[pairs].mean().item()
 
 
+def histories(ids: Integer[Tensor, " W"], captions: Integer[Tensor, " W"]) -> Integer[Tensor, " W"]:
+    """A number for all that came before each word in its caption: the same number where the same words did."""
+    numbers: dict[tuple[int, int], int] = {}
+    found: list[int] = []
+    begins = [True, *(captions[1:] != captions[:-1]).tolist()]
+    for word, begin in zip([0, *ids[:-1].tolist()], begins, strict=True):
+        found.append(0 if begin else numbers.setdefault((found[-1], word), len(numbers) + 1))
+    return torch.tensor(found, device=ids.device)
+
+
 def apart(
     alphas: Float[Tensor, "W L"],
     ids: Integer[Tensor, " W"],
     captions: Integer[Tensor, " W"],
     images: Integer[Tensor, " W"],
     positions: Integer[Tensor, " W"],
+    before: Integer[Tensor, " W"],
 ) -> tuple[float, float, float]:
     """Mean total variation between the weights of a word and its like, of two captions that tell of one image or two.
 
     Words at most one position apart in their captions are compared, lest attention that counts words should pass for
-    attention that follows them. Words must lie image by image.
+    attention that follows them; and none that the same words came before (`histories`), for attention, which knows no
+    more than those, is then the same whatever the word. Words must lie image by image.
 
     Returns:
         For a word in two captions of one image; for two different words of two captions of one image; for a word in
@@ -88,18 +100,18 @@ def apart(
         others. NaN where there is no pair.
     """
     sizes = images.unique_consecutive(return_counts=True)[1].tolist()
-    parts = list(zip(*(x.split(sizes) for x in (alphas.double(), ids, captions, positions)), strict=True))
+    parts = list(zip(*(x.split(sizes) for x in (alphas.double(), ids, captions, positions, before)), strict=True))
     found: tuple[list[Tensor], ...] = ([], [], [])
     for i, here in enumerate(parts):
         for there in parts[i : i + 2]:
             distance = torch.cdist(here[0], there[0], p=1) / 2
-            equal, one_caption, shift = (x[:, None] - y for x, y in zip(here[1:], there[1:], strict=True))
-            near = (one_caption != 0) & (shift.abs() <= 1)
+            word, caption, shift, history = (x[:, None] - y for x, y in zip(here[1:], there[1:], strict=True))
+            compared = (caption != 0) & (shift.abs() <= 1) & (history != 0)
             if there is here:
-                found[0].append(distance[near & (equal == 0)])
-                found[1].append(distance[near & (equal != 0)])
+                found[0].append(distance[compared & (word == 0)])
+                found[1].append(distance[compared & (word != 0)])
             else:
-                found[2].append(distance[near & (equal == 0)])
+                found[2].append(distance[compared & (word == 0)])
     again, other, elsewhere = (torch.cat([alphas.new_empty(0), *x]).mean().item() for x in found)
     return again, other, elsewhere
 

@@ -10,6 +10,7 @@ from captioning.diagnostics import (
     as_many_at_random,
     collapse,
     gradient_signal_to_noise,
+    histories,
     means_by,
     movement,
     mutual_information,
@@ -97,17 +98,26 @@ def test_words_are_compared_across_captions_of_one_image_and_of_neighbouring_one
     captions, images = torch.arange(4).repeat_interleave(2), torch.tensor([0, 0, 1, 2]).repeat_interleave(2)
     first = torch.tensor([0.0, 1, 0.25, 0.75, 0.5, 1, 0.5, 0])
     alphas = torch.stack((first, 1 - first), dim=1)
-    again, other, elsewhere = apart(alphas, ids, captions, images, positions)
+    again, other, elsewhere = apart(alphas, ids, captions, images, positions, torch.arange(8))
     assert again == pytest.approx((0.25 + 0.25) / 2)
     assert other == pytest.approx((0.75 + 0.75) / 2)  # 0 to 0.75 and 1 to 0.25
     # 7: 0 and 0.25 to 0.5, 0.5 to 0.5; 8: 1 and 0.75 to 1, 1 to 0. Images 0 and 2 are no neighbours.
     assert elsewhere == pytest.approx((0.5 + 0.25 + 0 + 0 + 0.25 + 1) / 6)
 
 
-def test_words_two_positions_apart_are_not_compared():
+@pytest.mark.parametrize(
+    ("positions", "before", "compared"), [([3, 4], [1, 2], True), ([3, 5], [1, 2], False), ([3, 3], [1, 1], False)]
+)
+def test_words_are_compared_at_like_positions_after_other_words(positions, before, compared):
     words = torch.tensor([7, 7]), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.long)
-    assert apart(torch.eye(2), *words, torch.tensor([3, 4]))[0] == 1
-    assert math.isnan(apart(torch.eye(2), *words, torch.tensor([3, 5]))[0])
+    found = apart(torch.eye(2), *words, torch.tensor(positions), torch.tensor(before))[0]
+    assert found == 1 if compared else math.isnan(found)
+
+
+def test_histories_are_equal_after_equal_words():
+    # "a dog", "a cat", "the dog", "a dog runs": nothing, a; nothing, a; nothing, the; nothing, a, a dog
+    ids, captions = torch.tensor([1, 2, 1, 3, 4, 2, 1, 2, 5]), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3])
+    assert histories(ids, captions).tolist() == [0, 1, 0, 1, 0, 2, 0, 1, 3]
 
 
 def test_random_words_are_as_many_in_every_caption():
