@@ -19,13 +19,15 @@ if __name__ == "__main__":
 from captioning.console import exit_code
 from captioning.memory import keep_memory
 from captioning.settings import parse_settings
-from captioning.training import Interrupted, train
 
 
 def run(arguments: Sequence[str] | None) -> int:
     """Settings -> training; where an interrupted run stopped, its KeyboardInterrupt says."""
+    settings = parse_settings(arguments)
+    from captioning.training import Interrupted, train  # torch takes seconds: --help and mistakes do not wait for it
+
     try:
-        best = train(parse_settings(arguments))
+        best = train(settings)
     except Interrupted as stop:
         raise KeyboardInterrupt(str(stop)) from stop
     print(f"best checkpoint: {best}")

@@ -319,9 +319,15 @@ def test_the_command_that_is_interrupted_before_its_first_step_says_so_in_one_li
     def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(training, "train", interrupted)
     assert train.main(["--data", "d.h5", "--output", str(tmp_path / "x")]) == 130
     assert capsys.readouterr().err == "train: interrupted\n"
+
+
+def test_mistakes_do_not_wait_for_torch():
+    code = "import sys; from captioning.train import main; print(main(['--config', 'x']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
 
 
 def test_what_is_said_of_a_step_is_of_all_processes(tiny_data, tmp_path):
