@@ -105,8 +105,7 @@ def diagnose(
             _add(nll, "as it is", output)
             if output.alphas is None:
                 continue
-            before = parts[-1] if parts else None
-            parts.append(_words_of(output, output.alphas, before))
+            parts.append(_words_of(output, output.alphas, parts[-1] if parts else None))
             if attention_of(decoder) is not None:
                 looked = _looked(output, output.alphas)
                 for name, alphas in replacements(looked, output.mask, grid, generator).items():

@@ -86,13 +86,13 @@ def apart(
     captions: Integer[Tensor, " W"],
     images: Integer[Tensor, " W"],
     positions: Integer[Tensor, " W"],
-    before: Integer[Tensor, " W"],
+    history: Integer[Tensor, " W"],
 ) -> tuple[float, float, float]:
     """Mean total variation between the weights of a word and its like, of two captions that tell of one image or two.
 
     Words at most one position apart in their captions are compared, lest attention that counts words should pass for
-    attention that follows them; and none that the same words came before (`histories`), for attention, which knows no
-    more than those, is then the same whatever the word. Words must lie image by image.
+    attention that follows them; and none that the same words came before (equal `histories`), for attention, which
+    knows no more than those, is then the same whatever the word. Words must lie image by image.
 
     Returns:
         For a word in two captions of one image; for two different words of two captions of one image; for a word in
@@ -100,13 +100,13 @@ def apart(
         others. NaN where there is no pair.
     """
     sizes = images.unique_consecutive(return_counts=True)[1].tolist()
-    parts = list(zip(*(x.split(sizes) for x in (alphas.double(), ids, captions, positions, before)), strict=True))
+    parts = list(zip(*(x.split(sizes) for x in (alphas.double(), ids, captions, positions, history)), strict=True))
     found: tuple[list[Tensor], ...] = ([], [], [])
     for i, here in enumerate(parts):
         for there in parts[i : i + 2]:
             distance = torch.cdist(here[0], there[0], p=1) / 2
-            word, caption, shift, history = (x[:, None] - y for x, y in zip(here[1:], there[1:], strict=True))
-            compared = (caption != 0) & (shift.abs() <= 1) & (history != 0)
+            word, caption, shift, past = (x[:, None] - y for x, y in zip(here[1:], there[1:], strict=True))
+            compared = (caption != 0) & (shift.abs() <= 1) & (past != 0)
             if there is here:
                 found[0].append(distance[compared & (word == 0)])
                 found[1].append(distance[compared & (word != 0)])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from captioning.metrics import PTB_TOKENISATION, PYTHON_TOKENISATION, cider, score
+from captioning.metrics import PTB_TOKENISATION, PYTHON_TOKENISATION, cider, java_found, score
 
 JAVA_FREE = ("BLEU", "ROUGE-L", "CIDEr")
 
@@ -152,6 +152,13 @@ def test_an_unknown_word_is_never_correct():
 def test_empty_candidates_score_nothing_and_do_not_crash():
     scores = score({1: "", 2: "."}, {1: ["a dog"], 2: ["a cat"]}, tokenizer="python", metrics=JAVA_FREE)
     assert all(value == pytest.approx(0) for value in scores.values.values())
+
+
+def test_java_is_looked_for_on_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not java_found()
+    (tmp_path / "java").touch(mode=0o755)
+    assert java_found()
 
 
 def test_without_java_meteor_is_left_out_and_named():
